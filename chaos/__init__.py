@@ -1,0 +1,1 @@
+"""Breaks training on purpose, and judges from outside what is left."""

@@ -1,0 +1,596 @@
+"""When to save, what to do at a notice, in which order. Knows no Keras."""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from resilient_ckpt.errors import (
+    CheckpointNotFoundError,
+    CheckpointsExistError,
+    Preempted,
+    SaveFailedError,
+)
+from resilient_ckpt.lock import DirectoryLock
+from resilient_ckpt.policy import Progress, SavePolicy
+from resilient_ckpt.record import Checkpoint, Root
+from resilient_ckpt.retry import RetryPolicy
+from resilient_ckpt.signals import (
+    NoticeKind,
+    NoticeListener,
+    PreemptionNotice,
+    SignalSource,
+)
+from resilient_ckpt.snapshot import HostBlock
+from resilient_ckpt.store import CheckpointStore, SaveJob, Target
+from resilient_ckpt.writer import ProcessWriter, WriterDiedError
+
+logger = logging.getLogger(__name__)
+
+RESCUE_AFTER_SECONDS = 1.0
+"""How long the main thread may go on waiting for data after a notice before its state is
+saved from another thread."""
+
+
+@dataclass(frozen=True)
+class Captured:
+    """The state of a run at a moment between two batches.
+
+    Attributes:
+        leaves: Its arrays.
+        trees: For each checkpointable of a full checkpoint, a nested dictionary of indices
+            into `leaves`.
+        weights_tree: The same for a weights-only checkpoint.
+        weights: Indices of the arrays that must be finite.
+        extras: Further checkpointables of a full public checkpoint.
+        record: Position, random states and callbacks' states, as JSON values.
+        transient: Whether it was taken during a validation, so that the step will come
+            again.
+    """
+
+    leaves: Sequence[Any]
+    trees: Mapping[str, Any]
+    weights_tree: Mapping[str, Any]
+    weights: tuple[int, ...]
+    extras: Mapping[str, Any]
+    record: Mapping[str, Any]
+    transient: bool = False
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The monitored value at a save.
+
+    Attributes:
+        value: The value, or `None` where it is not known.
+        improved: Whether it is better than every one before.
+    """
+
+    value: float | None = None
+    improved: bool = False
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What to save, and how to leave.
+
+    Attributes:
+        save_best_only: Whether the public checkpoints are only the best ones.
+        save_weights_only: Whether the public checkpoints hold the weights alone.
+        keep_best: How many of the best checkpoints are kept besides the newest.
+        mode: Whether a smaller (`"min"`) or larger (`"max"`) metric is better.
+        background: Whether interval saves are written by the writer process.
+        signals: The signals that mean preemption.
+        grace_seconds: Seconds from such a signal to the kill, if known.
+        on_preemption: `"exit"` or `"stop"`.
+        exit_code: The exit code after a preemption; `None` for 128 + signal.
+        resume: `"auto"`, `"never"` or a step.
+        max_failed_saves: After how many failed interval saves in a row training ends.
+    """
+
+    save_best_only: bool = False
+    save_weights_only: bool = False
+    keep_best: int = 0
+    mode: str = "min"
+    background: bool = True
+    signals: tuple[int, ...] = (signal.SIGTERM,)
+    grace_seconds: float | None = None
+    on_preemption: str = "exit"
+    exit_code: int | None = None
+    resume: str | int = "auto"
+    max_failed_saves: int | None = None
+
+
+@dataclass
+class ProcessRun:
+    """What this process knows of the run in a directory, over several calls of `fit`."""
+
+    run_id: str
+    phase: int = 0
+    step: int = 0
+    histories: list[Any] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """Where a run continues.
+
+    Attributes:
+        checkpoint: The checkpoint.
+        trees: Its arrays, by checkpointable.
+    """
+
+    checkpoint: Checkpoint
+    trees: Mapping[str, Any]
+
+
+_process_runs: dict[str, ProcessRun] = {}
+
+
+class MainThreadWait(BaseException):
+    """Raised in the main thread, by the signal handler, to end a wait for data."""
+
+
+class Engine:
+    """Saves one run.
+
+    `open`, then `begin`, `at_boundary` between batches, and `close` at the end, whatever
+    the end is.
+
+    Args:
+        store: Where to save.
+        policy: When to save.
+        options: What to save.
+        retry: How to treat storage errors that may pass.
+        clock: A monotonic clock, in seconds.
+        wall_clock: The time, in seconds since the epoch.
+    """
+
+    def __init__(
+        self,
+        store: CheckpointStore,
+        policy: SavePolicy,
+        options: EngineOptions,
+        retry: RetryPolicy | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.store = store
+        self.policy = policy
+        self.options = options
+        self.notice: PreemptionNotice | None = None
+        self.failed_saves = 0
+        self.committed: Checkpoint | None = None
+        self.waiting_for_data = False
+        self.rescue: Callable[[], tuple[Captured, Progress] | None] = lambda: None
+        self.clock = clock
+        self._wall_clock = wall_clock
+        self._retry = retry if retry is not None else RetryPolicy()
+        self._lock = DirectoryLock(store.directory)
+        self._block = HostBlock()
+        self._writer = ProcessWriter()
+        self._pending: threading.Thread | None = None
+        self._failed_in_a_row = 0
+        self._last_error: BaseException | None = None
+        self._saving = threading.RLock()
+        self._timer: threading.Timer | None = None
+        self._listener: NoticeListener | None = None
+        self._signals: SignalSource | None = None
+        self._interrupts = 0
+        self._begun_at: tuple[int, int, int] | None = None
+        self._best: list[float] = []
+        self.run = ProcessRun(uuid.uuid4().hex)
+
+    # Opening.
+
+    def open(self, names: Sequence[str]) -> ResumePoint | None:
+        """Takes the directory and finds the checkpoint to continue from.
+
+        Args:
+            names: The checkpointables to read.
+
+        Returns:
+            The checkpoint, or `None` where there is nothing to continue.
+
+        Raises:
+            DirectoryInUseError: If another live process writes there.
+            CheckpointsExistError: If `resume="never"` and there are checkpoints of another
+                run.
+            CheckpointNotFoundError: If the step asked for is not there, or no checkpoint
+                restores.
+            OSError: If the directory cannot be written.
+        """
+        self.store.create()
+        self._lock.acquire()
+        try:
+            self.store.clean()
+            point = self._find()
+        except BaseException:
+            self._lock.release()
+            raise
+        self._best = [c.metric for c in self.store.checkpoints() if c.metric is not None]
+        if point is not None:
+            self.committed = point.checkpoint
+            self.run.step = max(self.run.step, point.checkpoint.step)
+        return point
+
+    def _find(self) -> ResumePoint | None:
+        key = str(self.store.directory.resolve())
+        known = _process_runs.get(key)
+        existing = self.store.checkpoints()
+        ours = known is not None and all(
+            c.record.get("run", known.run_id) == known.run_id for c in existing
+        )
+        if existing and self.options.resume == "never" and not ours:
+            raise CheckpointsExistError(
+                f'resume="never", but {self.store.directory} holds checkpoints of another run: '
+                f"steps {[c.step for c in existing]}. Choose another directory, or "
+                'resume="auto" to continue that run.'
+            )
+        step = self.options.resume
+        if not isinstance(step, str):
+            self._rewind_to(step, existing)
+        found = self.store.load_newest(["pytree", "callbacks"])
+        if found is None:
+            # Without checkpoints the directory was emptied, or nothing was saved: a new run.
+            self.run = _process_runs[key] = ProcessRun(uuid.uuid4().hex)
+            return None
+        point = ResumePoint(*found)
+        run_id = point.checkpoint.record.get("run", uuid.uuid4().hex)
+        if known is None or known.run_id != run_id:
+            known = _process_runs[key] = ProcessRun(run_id)
+        self.run = known
+        return point
+
+    def _rewind_to(self, step: int, existing: Sequence[Checkpoint]) -> None:
+        resumable = [c for c in existing if c.resumable]
+        newest = resumable[-1] if resumable else None
+        if newest is not None and newest.record.get("resume_request") == step:
+            return  # A restart of a run that had gone back to this step: it goes on.
+        chosen = [c for c in resumable if c.step == step]
+        if not chosen:
+            raise CheckpointNotFoundError(
+                f"resume={step}, but {self.store.directory} holds no checkpoint of that step to "
+                f"continue from; it holds {[c.step for c in resumable]}."
+            )
+        for checkpoint in existing:
+            if checkpoint.order > chosen[-1].order:
+                self.store.quarantine(checkpoint, f"The run was taken back to step {step}.")
+
+    # Running.
+
+    def begin(self, progress: Progress, nbytes: int) -> None:
+        """Begins to listen for notices and to count for the policy.
+
+        Args:
+            progress: Where training begins or continues.
+            nbytes: Size of the state in bytes.
+        """
+        self._begun_at = _moment(progress)
+        self.policy.start(progress)
+        if self.options.background:
+            self._block.reserve(nbytes)
+        signals = set(self.options.signals)
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            signals.add(signal.SIGINT)
+        if threading.current_thread() is not threading.main_thread():
+            logger.warning(
+                "fit() does not run in the main thread: signals are not heard, only what is "
+                "saved at intervals is safe."
+            )
+            return
+        self._signals = SignalSource(
+            sorted(signals), self.options.grace_seconds, self._in_main_thread, self._wall_clock
+        )
+        self._listener = NoticeListener([self._signals], self._on_notice)
+        self._listener.start()
+
+    def _on_notice(self, notice: PreemptionNotice) -> None:
+        if self.notice is not None:
+            logger.warning("%s again; the checkpoint is being made.", notice.source)
+            return
+        self.notice = notice
+        logger.warning("%s: saving a checkpoint, then leaving.", notice.source)
+        self._timer = threading.Timer(RESCUE_AFTER_SECONDS, self._rescue)
+        self._timer.daemon = True
+        self._timer.name = "resilient-ckpt-rescue"
+        self._timer.start()
+
+    def _in_main_thread(self, number: int) -> None:
+        if number == signal.SIGINT:
+            self._interrupts += 1
+            if self._interrupts > 1:
+                raise KeyboardInterrupt
+        if self.waiting_for_data:
+            raise MainThreadWait
+
+    def _rescue(self) -> None:
+        """Saves while the main thread hangs in a read that no signal interrupts."""
+        if not self.waiting_for_data:
+            return
+        try:
+            with self._saving:
+                state = self.rescue() if self.waiting_for_data else None
+                if state is not None:
+                    self.save_emergency(*state)
+        except Exception:
+            logger.exception("The emergency save failed; it is tried again between batches.")
+
+    def wall_now(self) -> float:
+        """The time, in seconds since the epoch."""
+        return self._wall_clock()
+
+    def due(self, progress: Progress) -> bool:
+        """Whether the policy wants a save now."""
+        return self.policy.due(progress)
+
+    def save_interval(
+        self,
+        progress: Progress,
+        capture: Callable[[], Captured],
+        measurement: Measurement,
+        reason: str,
+        due: bool,
+    ) -> None:
+        """Saves in the background what the policy, or a best value, called for.
+
+        A failure does not end training: it is logged, counted in `failed_saves`, and made
+        good at the next interval.
+
+        Args:
+            progress: The moment.
+            capture: Gives the state.
+            measurement: The monitored value at this moment.
+            reason: Why, for the record.
+            due: Whether the policy called for it (and not only a best value).
+
+        Raises:
+            SaveFailedError: If more than `max_failed_saves` failed in a row.
+        """
+        self.wait()
+        self._check_failures()
+        if due:
+            self.policy.saved(progress)
+        captured = capture()
+        public = not self.options.save_best_only or measurement.improved
+        job = self._job(captured, progress, reason, measurement, public and not captured.transient)
+        if not self.options.background:
+            self._attempt(job, lambda: self._save_here(job, captured.leaves))
+            self._check_failures()
+            return
+        self._block.copy_in(captured.leaves)
+        if self._block.fd is None:
+            work = lambda: self._save_here(job, self._block.arrays())  # noqa: E731
+        else:
+            self._start_writer()
+            work = lambda: self._save_there(job)  # noqa: E731
+        self._pending = threading.Thread(
+            target=self._attempt, args=(job, work), name="resilient-ckpt-save", daemon=True
+        )
+        self._pending.start()
+
+    def save_emergency(
+        self, captured: Captured, progress: Progress, reason: str = "emergency"
+    ) -> None:
+        """Saves and commits now, unless this very moment is committed already.
+
+        Args:
+            captured: The state.
+            progress: The moment.
+            reason: Why, for the record.
+
+        Raises:
+            SaveFailedError: If it cannot be saved.
+        """
+        with self._saving:
+            self.wait()
+            if self.is_committed(progress):
+                return
+            options = self.options
+            public = not (options.save_best_only or options.save_weights_only or captured.transient)
+            job = self._job(captured, progress, reason, Measurement(), public)
+            try:
+                committed = self._save_here(job, captured.leaves)
+            except Exception as error:
+                raise SaveFailedError(
+                    f"The {reason} checkpoint of step {progress.step} could not be saved "
+                    f"({type(error).__name__}: {error}). {self._newest()}"
+                ) from error
+            self._note_commit(committed)
+
+    def is_committed(self, progress: Progress) -> bool:
+        """Whether this moment needs no save: it is committed, or nothing was run yet."""
+        moment = _moment(progress)
+        if moment == self._begun_at:
+            return True
+        if self.committed is None:
+            return False
+        record = self.committed.record
+        return (
+            record.get("phase", 0) == self.run.phase
+            and (self.committed.step, record.get("epoch"), record.get("batch")) == moment
+        )
+
+    def would_be_best(self, value: float | None) -> bool:
+        """Whether a checkpoint with this metric would be among the best that are kept."""
+        if value is None or not self.options.keep_best:
+            return False
+        sign = 1 if self.options.mode == "max" else -1
+        kept = sorted((sign * best for best in self._best), reverse=True)
+        return len(kept) < self.options.keep_best or sign * value > kept[self.options.keep_best - 1]
+
+    def wait(self) -> None:
+        """Waits until the save under way has ended, well or badly."""
+        pending = self._pending
+        if pending is not None and pending is not threading.current_thread():
+            pending.join()
+            self._pending = None
+
+    # Ending.
+
+    def leave(self) -> BaseException | None:
+        """What to raise after the emergency checkpoint.
+
+        Returns:
+            The exception of an earlier signal handler, `KeyboardInterrupt`, `Preempted`,
+            or `None` where `fit` is to return.
+        """
+        notice = self.notice
+        if notice is None:
+            raise RuntimeError("There was no notice.")
+        if self._signals is not None and self._signals.deferred_exception is not None:
+            return self._signals.deferred_exception
+        if notice.kind is NoticeKind.INTERRUPT:
+            return KeyboardInterrupt()
+        if self.options.on_preemption == "stop":
+            return None
+        code = self.options.exit_code
+        if code is None:
+            signum = notice.detail.get("signum")
+            code = 128 + signum if isinstance(signum, int) else 1
+        return Preempted(code, notice.source, self.committed.step if self.committed else None)
+
+    def finish(self, history: Any) -> None:
+        """Ends a `fit` that ran to its end.
+
+        Args:
+            history: Its History, remembered for the restart of a script with several calls
+                of `fit`.
+
+        Raises:
+            SaveFailedError: If the newest state could not be saved.
+        """
+        self.wait()
+        error = self._last_error
+        if error is None:
+            self.run.phase += 1
+            self.run.histories.append(history)
+        self.close()
+        if error is not None:
+            raise SaveFailedError(
+                f"The last checkpoint could not be saved ({type(error).__name__}: {error}). "
+                f"{self._newest()}"
+            ) from error
+
+    def close(self) -> None:
+        """Finishes the save under way and puts everything back. May be called twice."""
+        if self._listener is not None:
+            self._listener.stop()
+            self._listener = None
+        if self._timer is not None:
+            self._timer.cancel()
+            if self._timer is not threading.current_thread():
+                self._timer.join()
+            self._timer = None
+        self.wait()
+        self._writer.close()
+        self._block.close()
+        self._lock.release()
+
+    # Saving.
+
+    def _job(
+        self,
+        captured: Captured,
+        progress: Progress,
+        reason: str,
+        measurement: Measurement,
+        public: bool,
+    ) -> SaveJob:
+        value = measurement.value
+        record = {
+            **captured.record,
+            "run": self.run.run_id,
+            "phase": self.run.phase,
+            "phases": self.run.histories,
+            "step": progress.step,
+            "epoch": progress.epoch,
+            "batch": progress.batch,
+            "reason": reason,
+            "source": self.notice.source if self.notice is not None else None,
+            "saved_at": self._wall_clock(),
+            "metric": value if value is not None and math.isfinite(value) else None,
+            "policy": self.policy.get_state(),
+            "resume_request": self.options.resume if self.options.resume != "auto" else None,
+        }
+        targets = []
+        weights_only = self.options.save_weights_only
+        if public:
+            targets.append(
+                Target(
+                    Root.PUBLIC,
+                    progress.step,
+                    {"pytree": captured.weights_tree} if weights_only else captured.trees,
+                    {} if weights_only else captured.extras,
+                    resumable=not weights_only,
+                )
+            )
+        if not public or weights_only:
+            targets.append(Target(Root.RESUME, progress.step, captured.trees))
+        return SaveJob(tuple(targets), record, captured.weights)
+
+    def _attempt(self, job: SaveJob, save: Callable[[], list[Checkpoint]]) -> None:
+        step = job.targets[0].step
+        try:
+            committed = save()
+        except Exception as error:  # noqa: BLE001 - logged, counted, raised at the end
+            self._last_error = error
+            self.failed_saves += 1
+            self._failed_in_a_row += 1
+            logger.error("Saving step %d failed (%d in all): %s", step, self.failed_saves, error)
+        else:
+            self._note_commit(committed)
+
+    def _note_commit(self, committed: list[Checkpoint]) -> None:
+        self.committed = committed[-1]
+        self.run.step = max(self.run.step, self.committed.step)
+        self._failed_in_a_row = 0
+        self._last_error = None
+        if self.committed.metric is not None:
+            self._best.append(self.committed.metric)
+        logger.info("Committed step %d (%s).", self.committed.step, self.committed.path)
+
+    def _check_failures(self) -> None:
+        limit = self.options.max_failed_saves
+        if limit is not None and self._failed_in_a_row > limit:
+            raise SaveFailedError(
+                f"{self._failed_in_a_row} saves failed in a row, more than max_failed_saves="
+                f"{limit}. {self._newest()}"
+            ) from self._last_error
+
+    def _start_writer(self) -> None:
+        if not self._writer.running:
+            self._writer.start()
+            if self._writer.pid is not None:
+                self._lock.add_writer(self._writer.pid)
+
+    def _save_here(self, job: SaveJob, leaves: Sequence[Any]) -> list[Checkpoint]:
+        arrays = [np.asarray(leaf) for leaf in leaves]
+        return self._retry.run(
+            lambda: self.store.save(job, arrays), f"Saving step {job.targets[0].step}"
+        )
+
+    def _save_there(self, job: SaveJob) -> list[Checkpoint]:
+        try:
+            return self._writer.write(self.store, self._retry, job, self._block)
+        except WriterDiedError as error:
+            logger.warning("%s Saving from this process instead.", error)
+            return self._save_here(job, self._block.arrays())
+
+    def _newest(self) -> str:
+        if self.committed is None:
+            return "There is no earlier checkpoint."
+        return f"The newest good checkpoint is step {self.committed.step} ({self.committed.path})."
+
+
+def _moment(progress: Progress) -> tuple[int, int, int]:
+    return (progress.step, progress.epoch, progress.batch)

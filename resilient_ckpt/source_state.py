@@ -1,0 +1,127 @@
+"""The state that a data source keeps in itself, besides the process-wide random states."""
+
+from __future__ import annotations
+
+import sys
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from resilient_ckpt import codec
+
+LARGEST_ARRAY_BYTES = 16 << 20
+
+
+class SourceState:
+    """Captures and restores what changes in a data source from epoch to epoch.
+
+    A source with `get_state`/`set_state` (Grain's names) or `state_dict`/`load_state_dict`
+    (torch's) is asked. Of a `PyDataset` without them, its own plain attributes are taken:
+    numbers, strings, random generators, and arrays of up to 16 MiB that have changed since
+    the beginning, such as shuffled indices.
+
+    Args:
+        source: The data source, or `None`.
+    """
+
+    def __init__(self, source: Any) -> None:
+        self._source = source
+        self._loader = _is_torch_loader(source)
+        self._digests = {} if self._protocol() or self._loader else self._array_digests()
+
+    def capture(self) -> Any:
+        """The state, as JSON values; `None` if there is none to speak of."""
+        protocol = self._protocol()
+        if protocol is not None:
+            return codec.encode({"told": getattr(self._source, protocol[0])()})
+        if self._loader:
+            return codec.encode({"generators": self._generator_states()})
+        if self._source is None:
+            return None
+        attributes = {}
+        for name, value in _attributes(self._source).items():
+            if isinstance(value, np.ndarray) and self._digests.get(name) == _digest(value):
+                continue
+            try:
+                attributes[name] = codec.encode(value)
+            except codec.NotEncodableError:
+                continue
+        return {"attributes": attributes}
+
+    def restore(self, state: Any) -> None:
+        """Gives the source its state back.
+
+        Args:
+            state: What `capture` gave.
+        """
+        if not isinstance(state, Mapping):
+            return
+        protocol = self._protocol()
+        if "told" in state and protocol is not None:
+            getattr(self._source, protocol[1])(codec.decode(state["told"]))
+        elif "generators" in state and self._loader:
+            self._set_generator_states(codec.decode(state["generators"]))
+        elif "attributes" in state and self._source is not None:
+            for name, value in state["attributes"].items():
+                vars(self._source)[name] = codec.decode(value)
+
+    @property
+    def resumes_by_itself(self) -> bool:
+        """Whether restoring its state also brings it to its position."""
+        return self._loader and self._protocol() is not None
+
+    def _protocol(self) -> tuple[str, str] | None:
+        for pair in (("get_state", "set_state"), ("state_dict", "load_state_dict")):
+            if all(callable(getattr(self._source, name, None)) for name in pair):
+                return pair
+        return None
+
+    def _array_digests(self) -> dict[str, int]:
+        attributes = {} if self._source is None else _attributes(self._source)
+        return {
+            name: _digest(value)
+            for name, value in attributes.items()
+            if isinstance(value, np.ndarray)
+        }
+
+    def _generators(self) -> dict[str, Any]:
+        loader = self._source
+        places = {"loader": loader, "sampler": getattr(loader, "sampler", None)}
+        return {
+            name: place.generator
+            for name, place in places.items()
+            if getattr(place, "generator", None) is not None
+        }
+
+    def _generator_states(self) -> dict[str, Any]:
+        return {
+            name: generator.get_state().numpy() for name, generator in self._generators().items()
+        }
+
+    def _set_generator_states(self, states: Mapping[str, Any]) -> None:
+        torch = sys.modules["torch"]
+        for name, generator in self._generators().items():
+            if name in states:
+                generator.set_state(torch.from_numpy(states[name]))
+
+
+def _attributes(source: Any) -> dict[str, Any]:
+    # Keras' own (workers, queue size, …) belong to this process's configuration.
+    return {
+        name: value
+        for name, value in getattr(source, "__dict__", {}).items()
+        if name not in ("_workers", "_use_multiprocessing", "_max_queue_size")
+        and not (isinstance(value, np.ndarray) and value.nbytes > LARGEST_ARRAY_BYTES)
+        and not (isinstance(value, list | tuple | dict | set) and len(value) > 100_000)
+    }
+
+
+def _digest(array: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(array).view(np.uint8).reshape(-1).data)
+
+
+def _is_torch_loader(source: Any) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(source, torch.utils.data.DataLoader)

@@ -27,7 +27,7 @@ from resilient_ckpt.store import CheckpointStore
 logger = logging.getLogger(__name__)
 
 
-class ResilientCheckpoint(MonitorCallback):
+class ResilientCheckpoint(MonitorCallback):  # type: ignore[misc]  # Keras is untyped
     """Saves Orbax checkpoints, and lets a run that was killed continue as if nothing happened.
 
     A drop-in superset of `keras.callbacks.OrbaxCheckpoint`: change the class name, and the
@@ -320,7 +320,7 @@ class ResilientCheckpoint(MonitorCallback):
             print(line, flush=True)
 
 
-class _First(keras.callbacks.Callback):
+class _First(keras.callbacks.Callback):  # type: ignore[misc]  # Keras is untyped
     """Stands at the beginning of the list for a `ResilientCheckpoint` at its end."""
 
     async_safe = True

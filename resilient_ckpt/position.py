@@ -57,11 +57,21 @@ class DataPosition:
         self._resume: tuple[_Position, int, bool] | None = None
         self._now: _Position = {}
         patches.set(epoch_iterator, "_enumerate_iterator", self._enumerate)
+        self._drop_leftovers()
 
     @property
     def steps_per_execution(self) -> int:
         """How many batches the trainer takes at once."""
         return int(self._epoch_iterator.steps_per_execution)
+
+    def _drop_leftovers(self) -> None:
+        # To build the model, Keras has taken one batch of a PyDataset with workers; those
+        # that were prefetched with it would be trained on first, besides their own epoch,
+        # and how many they are is a matter of timing.
+        enqueuer = getattr(self._adapter, "enqueuer", None)
+        if enqueuer is not None and self._adapter.num_batches is not None:
+            with enqueuer.ready_queue.mutex:
+                enqueuer.ready_queue.queue.clear()
 
     # Watching.
 
@@ -194,8 +204,12 @@ class DataPosition:
             self._first_draw = position["first_draw"]
         self._drawn = drawn
         if position.get("loader") is not None:
-            batches.set_state(codec.decode(position["loader"]))
-            return
+            try:
+                batches.set_state(codec.decode(position["loader"]))
+            except ValueError as error:  # Grain compares the source's repr, for one.
+                logger.info("The data loader does not take its state, and is replayed: %s", error)
+            else:
+                return
         if self._source.resumes_by_itself:
             return  # Restoring its state has brought it here.
         skipped = max(drawn - _READ_BEFORE_POSITION, 0)
@@ -388,7 +402,8 @@ def _skipper_for(adapter: Any, drawn: int) -> _Skipper:
         return _ArraySkipper(adapter)
     if isinstance(adapter, PyDatasetAdapter):
         if adapter.enqueuer is not None:
-            return _EnqueuerSkipper(adapter.enqueuer, drawn - _READ_BEFORE_POSITION)
+            ready = adapter.enqueuer.ready_queue.qsize()
+            return _EnqueuerSkipper(adapter.enqueuer, drawn - _READ_BEFORE_POSITION - ready)
         return _DatasetSkipper(adapter)
     return _Skipper()
 

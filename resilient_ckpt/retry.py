@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
@@ -85,7 +86,7 @@ class RetryPolicy:
         self,
         attempt: Callable[[], Result],
         what: str,
-        sleep: Callable[[float], None] | None = None,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> Result:
         """Calls `attempt` until it succeeds, fails for good, or the budget is spent.
 
@@ -115,6 +116,6 @@ class RetryPolicy:
             stop=tenacity.stop_before_delay(self.budget_seconds),
             before_sleep=log,
             reraise=True,
-            **({} if sleep is None else {"sleep": sleep}),
+            sleep=sleep,
         )
         return retrying(attempt)

@@ -72,6 +72,8 @@ class FitSession:
         self._batch = 0
         self._epoch_over = False  # all batches of the epoch are run
         self._in_epoch = False  # batches of the epoch are still to come
+        self._ran = False  # a batch was run by this process
+        self._replayed = False
         self._replay_patches = Patches()  # one more round of the loop, to come to its end
         self._test_patches = Patches()
         self._leaving = False  # `fit` is on its way out after a notice
@@ -134,8 +136,7 @@ class FitSession:
         self._epoch_over = bool(record.get("epoch_over"))
         self._resume_in_epoch = self._batch > 0
         self._data.resume(record.get("data", {}), self._batch, self._epoch_over)
-        if self._epoch_over:
-            self._logs = record.get("logs", {})
+        self._logs = record.get("logs", {})
         age = max(0.0, self._engine.wall_now() - record.get("saved_at", 0.0))
         self._announce(
             f"Resumed from step {self._step} (epoch {self._epoch + 1}, batch {self._batch}), "
@@ -202,8 +203,13 @@ class FitSession:
         self._epoch = epoch
         self._in_epoch = not self._epoch_over
         if self._epoch_over:
-            for event in ("on_train_batch_begin", "on_train_batch_end"):
-                self._replay_patches.set(self._fit.callback_list, event, _ignore)
+            self._begin_replay()
+
+    def _begin_replay(self) -> None:
+        """Has `fit` go once around its loop, unheard, to come to the end of the epoch."""
+        self._epoch_over, self._in_epoch = True, False
+        for event in ("on_train_batch_begin", "on_train_batch_end"):
+            self._replay_patches.set(self._fit.callback_list, event, _ignore)
 
     def batch_begin(self) -> None:
         """To be called before any other callback hears that a batch begins.
@@ -226,15 +232,27 @@ class FitSession:
         self._save(progress, measurement, "interval", due=True)
 
     def _train(self, state: Any, iterator: Any) -> Any:
-        if self._epoch_over or self._leaving:
+        if self._leaving:
             return self._logs, state
-        batches = self._take(
-            iterator,
-            lambda: self._capture(state, batch_begun=True),
-            before=lambda: self._data.before_draw(iterator),
-        )
+        if self._epoch_over:
+            if self._replayed:
+                raise StopIteration
+            self._replayed = True
+            return self._logs, state
+        self._data.before_draw(iterator)
+        try:
+            batches = self._take(iterator, lambda: self._capture(state, batch_begun=True))
+        except StopIteration:
+            if self._ran or self._batch == 0:
+                raise
+            # Killed after the last batch of data whose length Keras did not know: it would
+            # miss the logs of this batch.
+            self._begin_replay()
+            self._replayed = True
+            return self._logs, state
         if batches is None:
             return self._logs, state
+        self._ran = True
         self._data.drawn(batches)
         self._logs, state = self._inner_train(state, iter(batches))
         self._batch += len(batches)
@@ -245,7 +263,6 @@ class FitSession:
         self,
         iterator: Any,
         capture: Callable[[], Captured],
-        before: Callable[[], None] = lambda: None,
     ) -> list[Any] | None:
         """Waits for the next batches, and hears a notice while it waits.
 
@@ -258,7 +275,6 @@ class FitSession:
         """
         engine = self._engine
         batches = None
-        before()
         self._waiting = capture
         try:
             engine.waiting_for_data = True
@@ -484,7 +500,7 @@ class FitSession:
             "epochs": self._epochs,
             "finished": finished,
             "epoch_over": self._epoch_over,
-            "logs": _plain_logs(self._logs) if self._epoch_over else {},
+            "logs": _plain_logs(self._logs),
         }
         return Captured(
             leaves=[*leaves, *arrays],

@@ -66,7 +66,9 @@ class TrainState:
         Raises:
             CheckpointMismatchError: If paths, shapes or dtypes differ.
         """
-        missing, extra, different = [], [], []
+        missing: list[str] = []
+        extra: list[str] = []
+        different: list[str] = []
         for group in groups:
             saved = dict(_flatten(tree.get(group) or {}))
             for variable in self.variables[group]:

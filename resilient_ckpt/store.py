@@ -273,9 +273,7 @@ class CheckpointStore:
         if self.durable:
             _sync_tree(staging)
         if final.exists():
-            if target.root is Root.PUBLIC:
-                raise FileExistsError(f"{final} exists; steps are never written twice.")
-            # The state during the validation gives way to the one after it.
+            # The same step, but further on: its epoch has ended meanwhile.
             os.rename(final, folder / f"{_REPLACED}{target.step}")
         os.rename(staging, final)
         if self.durable:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import mmap
 import os
@@ -50,7 +51,7 @@ def main(descriptor: int) -> None:
         answer: object
         try:
             answer = request.retry.run(
-                lambda request=request, arrays=arrays: request.store.save(request.job, arrays),
+                functools.partial(request.store.save, request.job, arrays),
                 f"Saving step {request.job.targets[0].step}",
             )
         except Exception as error:  # noqa: BLE001 - raised again in the trainer

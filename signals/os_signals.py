@@ -187,12 +187,30 @@ class SignalSource:
         self._thread = None
 
 
+# A signal that reaches a child before it has forgotten the handlers would be written to the
+# wake-up descriptor that it shares with its parent, which would take it for its own. So no
+# signal is let in from before the fork until then.
+_masks = threading.local()
+
+
+def _before_fork() -> None:
+    numbers = {number for source in _running for number in source._signals}
+    _masks.before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers) if numbers else None
+
+
+def _after_fork() -> None:
+    before = getattr(_masks, "before", None)
+    if before is not None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _after_fork_in_child() -> None:
-    # The child shares the wake-up descriptor: a signal to a data worker would otherwise
-    # be taken for one to the trainer.
     for source in list(_running):
         source._forget_in_child()
     _running.clear()
+    _after_fork()
 
 
-os.register_at_fork(after_in_child=_after_fork_in_child)
+os.register_at_fork(
+    before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child
+)

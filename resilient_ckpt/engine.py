@@ -168,6 +168,7 @@ class Engine:
         self.policy = policy
         self.options = options
         self.notice: PreemptionNotice | None = None
+        self._noticed = threading.Event()
         self.failed_saves = 0
         self.committed: Checkpoint | None = None
         self.waiting_for_data = False
@@ -299,6 +300,7 @@ class Engine:
             logger.warning("%s again; the checkpoint is being made.", notice.source)
             return
         self.notice = notice
+        self._noticed.set()
         logger.warning("%s: saving a checkpoint, then leaving.", notice.source)
         self._timer = threading.Timer(RESCUE_AFTER_SECONDS, self._rescue)
         self._timer.daemon = True
@@ -312,6 +314,10 @@ class Engine:
                 raise KeyboardInterrupt
         if self.waiting_for_data:
             raise MainThreadWait
+
+    def expect_notice(self) -> None:
+        """Waits for the notice of a signal that the main thread has heard already."""
+        self._noticed.wait()
 
     def _rescue(self) -> None:
         """Saves while the main thread hangs in a read that no signal interrupts."""

@@ -282,14 +282,12 @@ class FitSession:
                 batches = _draw(iterator, self._data.steps_per_execution)
             engine.waiting_for_data = False
         except MainThreadWait:
-            batches = None
+            engine.expect_notice()
         finally:
             engine.waiting_for_data = False
         if engine.notice is not None:
             self._save_and_leave(capture)
             return None
-        if batches is None:
-            raise RuntimeError("The wait for data was ended without a notice.")
         return batches
 
     def _rescue(self) -> tuple[Captured, Progress] | None:
@@ -469,14 +467,18 @@ class FitSession:
     def _capture_validation(self, trainable: Sequence[Any] | None) -> Captured:
         """The state at the end of the epoch's batches, before its validation."""
         variables = self._state.variables
-        values = {name: [v.value for v in variables[name]] for name in variables}
+        # During the validation the trainer has taken their values away from all variables
+        # but the optimizer's.
+        values: dict[str, Sequence[Any]] = {}
         if trainable is not None:
-            values["trainable_variables"] = list(trainable)
+            values["trainable_variables"] = trainable
         if self._before_validation is not None:
             count = len(variables["non_trainable_variables"])
             values["non_trainable_variables"] = self._before_validation[:count]
             values["metrics_variables"] = self._before_validation[count:]
-        leaves = [array for name in variables for array in values[name]]
+        leaves: list[Any] = []
+        for name, group in variables.items():
+            leaves.extend(values[name] if name in values else [v.value for v in group])
         states = self._before_epoch_end or callback_states.capture(self._callbacks)
         return self._captured(leaves, states, finished=False)
 

@@ -63,6 +63,9 @@ class Moments(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None):
         self.step += 1
+        if self.arguments.fork and self.step == 1 and os.fork() == 0:
+            time.sleep(60)
+            os._exit(1)
         self.moment("batch_end", step=self.step)
         if self.step == self.arguments.kill_after:
             os.kill(os.getpid(), 9)
@@ -135,6 +138,7 @@ def main() -> None:
     parser.add_argument("--steps-per-execution", type=int, default=1)
     parser.add_argument("--options", default="{}")
     parser.add_argument("--weight-megabytes", type=int, default=0)
+    parser.add_argument("--fork", action="store_true", help="fork a child within fit")
     parser.add_argument("--plain", action="store_true", help="without this package")
     arguments = parser.parse_args()
 

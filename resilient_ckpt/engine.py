@@ -269,17 +269,17 @@ class Engine:
 
     # Running.
 
-    def begin(self, progress: Progress, nbytes: int) -> None:
+    def begin(self, progress: Progress, leaves: Sequence[Any]) -> None:
         """Begins to listen for notices and to count for the policy.
 
         Args:
             progress: Where training begins or continues.
-            nbytes: Size of the state in bytes.
+            leaves: The arrays of the state; their shapes and dtypes count.
         """
         self._begun_at = _moment(progress)
         self.policy.start(progress)
         if self.options.background:
-            self._block.reserve(nbytes)
+            self._block.reserve_for(leaves)
         signals = set(self.options.signals)
         if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
             signals.add(signal.SIGINT)

@@ -120,7 +120,7 @@ class FitSession:
         self._patches.set(self._model, "train_function", self._train)
         self._patches.set(self._model, "jax_state_sync", self._sync)
         engine.rescue = self._rescue
-        engine.begin(self._progress(), self._state.nbytes)
+        engine.begin(self._progress(), self._state.values())
 
     def _resume(self, point: ResumePoint) -> None:
         record = point.checkpoint.record

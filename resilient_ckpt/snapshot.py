@@ -106,6 +106,14 @@ class HostBlock:
         )
         self._warming.start()
 
+    def reserve_for(self, leaves: Sequence[Any]) -> None:
+        """Makes the block large enough for such arrays, and warms it in the background.
+
+        Args:
+            leaves: Anything with `shape` and `dtype`.
+        """
+        self.reserve(lay_out(leaves)[1])
+
     def copy_in(self, leaves: Sequence[Any]) -> tuple[LeafLayout, ...]:
         """Copies arrays into the block; growing it, if need be, costs page faults once.
 

@@ -46,15 +46,6 @@ class TrainState:
         """The variables' own arrays (during an epoch the trainer holds newer ones)."""
         return [variable.value for group in GROUPS for variable in self.variables[group]]
 
-    @property
-    def nbytes(self) -> int:
-        """The size of all variables, in bytes."""
-        return sum(
-            int(np.prod(variable.shape, dtype=np.int64)) * np.dtype(_dtype(variable)).itemsize
-            for group in GROUPS
-            for variable in self.variables[group]
-        )
-
     def check(self, tree: Mapping[str, Any], where: str, groups: Sequence[str] = GROUPS) -> None:
         """Compares a checkpoint's arrays with the variables.
 

@@ -50,6 +50,7 @@ class DataPosition:
         self._iterator: Any = None
         self._iterators = 0
         self._drawn = 0
+        self._executions = 0
         self._last_batch: Any = None
         self._epoch_start: dict[str, Any] = {}
         self._iterator_start: dict[str, Any] = {}
@@ -84,6 +85,7 @@ class DataPosition:
     def drawn(self, batches: Sequence[Any]) -> None:
         """To be called with the batches that were taken."""
         self._drawn += len(batches)
+        self._executions += 1
         self._last_batch = batches[-1]
 
     def capture(self, batches_run: int, in_epoch: bool) -> dict[str, Any]:
@@ -113,8 +115,7 @@ class DataPosition:
             position.update(
                 drawn=self._drawn,
                 iterators=self._iterators - 1,
-                # Keras counts an execution when it begins.
-                steps_seen=iterator._steps_seen - (self.steps_per_execution if in_epoch else 0),
+                executions=self._executions,
                 epoch_start=self._iterator_start,
                 first_draw=self._first_draw,
                 fingerprint=fingerprint(self._last_batch),
@@ -128,7 +129,7 @@ class DataPosition:
         self._iterator = iterator
         self._iterators += 1
         self._iterator_start = self._epoch_start
-        self._drawn = 0
+        self._drawn = self._executions = 0
         self._last_batch = None
 
     def _loader_state(self) -> Any:
@@ -203,6 +204,7 @@ class DataPosition:
             rng.restore(position["first_draw"])
             self._first_draw = position["first_draw"]
         self._drawn = drawn
+        self._executions = position["executions"]
         if position.get("loader") is not None:
             try:
                 batches.set_state(codec.decode(position["loader"]))

@@ -133,7 +133,10 @@ class FitSession:
         self._draws.resume(record.get("validation_draws", []))
         finished = bool(record.get("finished")) and self._epochs <= record.get("epochs", 0)
         self._model._initial_epoch = self._epochs if finished else self._epoch
-        self._epoch_over = bool(record.get("epoch_over"))
+        batches = self._fit.epoch_iterator.num_batches or record["data"].get("num_batches")
+        self._epoch_over = record["epoch_over"] or (
+            batches is not None and self._batch >= batches
+        )
         self._resume_in_epoch = self._batch > 0
         self._data.resume(record.get("data", {}), self._batch, self._epoch_over)
         self._logs = record.get("logs", {})

@@ -18,7 +18,13 @@ from typing import Any
 import keras
 import numpy as np
 
-from resilient_ckpt import ResilientCheckpoint
+from resilient_ckpt import ResilientCheckpoint, engine
+
+
+def restart() -> None:
+    """Makes this process forget what a new one could not know."""
+    engine._process_runs.clear()
+    keras.utils.clear_session()
 
 
 @dataclass
@@ -67,7 +73,7 @@ class Script:
     extra: Callable[[Sequence[keras.callbacks.Callback]], Any] = lambda callbacks: None
 
     def run(self, directory: Path | None, photos: Path | None = None) -> tuple[Outcome, list[Path]]:
-        keras.utils.clear_session()
+        restart()
         keras.utils.set_random_seed(11)
         model = self.model()
         callbacks = list(self.callbacks())

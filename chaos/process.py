@@ -95,9 +95,7 @@ class TrainingProcess:
             code = self._process.wait(timeout)
         except subprocess.TimeoutExpired:
             self.kill()
-            raise TimeoutError(
-                f"No end after {timeout} s; it printed:\n{self.output()}"
-            ) from None
+            raise TimeoutError(f"No end after {timeout} s; it printed:\n{self.output()}") from None
         self._reader.join()
         return code
 

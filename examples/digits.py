@@ -96,6 +96,7 @@ def watch(directory: Path, signals: list[str], rng: random.Random) -> Run:
     import signal
 
     from resilient_ckpt.chaos import TrainingProcess
+
     from resilient_ckpt.store import CheckpointStore
 
     run = Run()

@@ -280,6 +280,9 @@ class Engine:
         self.policy.start(progress)
         if self.options.background:
             self._block.reserve_for(leaves)
+            if self._block.fd is not None:
+                # It takes seconds to import what it needs; the first save should not wait.
+                self._start_writer()
         signals = set(self.options.signals)
         if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
             signals.add(signal.SIGINT)

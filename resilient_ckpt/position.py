@@ -51,6 +51,7 @@ class DataPosition:
         self._iterators = 0
         self._drawn = 0
         self._executions = 0
+        self._ahead = False  # the source has given, or is giving, what is not run yet
         self._last_batch: Any = None
         self._epoch_start: dict[str, Any] = {}
         self._iterator_start: dict[str, Any] = {}
@@ -76,14 +77,16 @@ class DataPosition:
 
     # Watching.
 
-    def before_draw(self, iterator: Any) -> None:
+    def begin_draw(self, iterator: Any) -> None:
         """To be called before batches are taken from an iterator of the trainer."""
         if iterator is not self._iterator:
             self._watch(iterator)
             self._first_draw = rng.capture()
+        self._ahead = True
 
-    def drawn(self, batches: Sequence[Any]) -> None:
-        """To be called with the batches that were taken."""
+    def end_draw(self, batches: Sequence[Any]) -> None:
+        """To be called when a step was run with the batches that were taken."""
+        self._ahead = False
         self._drawn += len(batches)
         self._executions += 1
         self._last_batch = batches[-1]
@@ -119,7 +122,8 @@ class DataPosition:
                 epoch_start=self._iterator_start,
                 first_draw=self._first_draw,
                 fingerprint=fingerprint(self._last_batch),
-                loader=self._loader_state(),
+                loader=None if self._ahead else self._loader_state(),
+                ahead=self._ahead,
             )
         elif in_epoch:
             position["epoch_start"] = self._epoch_start
@@ -174,11 +178,12 @@ class DataPosition:
         if position.get("num_batches") is not None:
             iterator._num_batches = position["num_batches"]
         self._repeat_iterators(int(position.get("iterators", 0)))
-        seek = position.get("loader") is None and drawn > 0
-        if seek and not self._source.resumes_by_itself:
-            skipper = _skipper_for(self._adapter, drawn)
-        else:
-            skipper = _Skipper()
+        ahead = bool(position.get("ahead"))
+        by_itself = position.get("loader") is not None or self._source.resumes_by_itself
+        seek = drawn and (
+            (not by_itself and not ahead) or isinstance(self._adapter, ArrayDataAdapter)
+        )
+        skipper = _skipper_for(self._adapter, drawn) if seek else _Skipper()
         first = True
         for begin, end, batches in self._original():
             if first:
@@ -186,8 +191,9 @@ class DataPosition:
                 skipper.begun()
                 if drawn:
                     self._catch_up(batches, position, drawn, skipper)
-                if drawn or epoch_over or "epoch_start" in position:
+                if (drawn or epoch_over or "epoch_start" in position) and not ahead:
                     # What the source did at the beginning of the epoch is done already.
+                    # (A source that was ahead has come to its state by being read through.)
                     self._set(self._now)
             if begin + per_execution < batch or (begin < batch and not epoch_over):
                 continue
@@ -212,7 +218,7 @@ class DataPosition:
                 logger.info("The data loader does not take its state, and is replayed: %s", error)
             else:
                 return
-        if self._source.resumes_by_itself:
+        if self._source.resumes_by_itself and not position.get("ahead"):
             return  # Restoring its state has brought it here.
         skipped = max(drawn - _READ_BEFORE_POSITION, 0)
         for _ in itertools.islice(batches, skipped):

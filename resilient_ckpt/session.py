@@ -134,9 +134,7 @@ class FitSession:
         finished = bool(record.get("finished")) and self._epochs <= record.get("epochs", 0)
         self._model._initial_epoch = self._epochs if finished else self._epoch
         batches = self._fit.epoch_iterator.num_batches or record["data"].get("num_batches")
-        self._epoch_over = record["epoch_over"] or (
-            batches is not None and self._batch >= batches
-        )
+        self._epoch_over = record["epoch_over"] or (batches is not None and self._batch >= batches)
         self._resume_in_epoch = self._batch > 0
         self._data.resume(record.get("data", {}), self._batch, self._epoch_over)
         self._logs = record.get("logs", {})
@@ -223,7 +221,7 @@ class FitSession:
         if self._leaving:
             return
         engine = self._engine
-        if engine.notice is not None:
+        if self._noticed():
             self._save_and_leave(self._capture)
             return
         progress = self._progress()
@@ -242,9 +240,10 @@ class FitSession:
                 raise StopIteration
             self._replayed = True
             return self._logs, state
-        self._data.before_draw(iterator)
         try:
-            batches = self._take(iterator, lambda: self._capture(state, batch_begun=True))
+            batches = self._take(
+                iterator, lambda: self._capture(state, batch_begun=True), self._data.begin_draw
+            )
         except StopIteration:
             if self._ran or self._batch == 0:
                 raise
@@ -256,8 +255,8 @@ class FitSession:
         if batches is None:
             return self._logs, state
         self._ran = True
-        self._data.drawn(batches)
         self._logs, state = self._inner_train(state, iter(batches))
+        self._data.end_draw(batches)
         self._batch += len(batches)
         self._step += len(batches)
         return self._logs, state
@@ -266,6 +265,7 @@ class FitSession:
         self,
         iterator: Any,
         capture: Callable[[], Captured],
+        begin: Callable[[Any], None] = lambda iterator: None,
     ) -> list[Any] | None:
         """Waits for the next batches, and hears a notice while it waits.
 
@@ -277,21 +277,27 @@ class FitSession:
             SystemExit: After a notice.
         """
         engine = self._engine
+        if self._noticed():
+            self._save_and_leave(capture)
+            return None
+        begin(iterator)
         batches = None
         self._waiting = capture
         try:
             engine.waiting_for_data = True
-            if engine.notice is None:
-                batches = _draw(iterator, self._data.steps_per_execution)
+            batches = _draw(iterator, self._data.steps_per_execution)
             engine.waiting_for_data = False
         except MainThreadWait:
             engine.expect_notice()
         finally:
             engine.waiting_for_data = False
-        if engine.notice is not None:
+        if self._noticed():
             self._save_and_leave(capture)
             return None
         return batches
+
+    def _noticed(self) -> bool:
+        return self._engine.notice is not None
 
     def _rescue(self) -> tuple[Captured, Progress] | None:
         waiting = self._waiting
@@ -360,7 +366,7 @@ class FitSession:
         if due or last or best:
             reason = "end" if last else "interval" if due else "best"
             self._save(progress, measurement, reason, due, finished=last)
-        if engine.notice is not None:
+        if self._noticed():
             self._save_and_leave(lambda: self._capture(finished=last))
 
     def _save(

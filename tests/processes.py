@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from resilient_ckpt.chaos import TrainingProcess
+
 from resilient_ckpt.record import Checkpoint
 from resilient_ckpt.store import CheckpointStore
 

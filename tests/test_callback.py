@@ -345,7 +345,7 @@ def test_a_failed_last_save_raises_and_names_the_newest(tmp_path, failing_store)
 def test_a_failed_emergency_save_raises(tmp_path, failing_store):
     failing_store(6, 7)
     term = At(6, lambda callback: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(SaveFailedError, match="step [67].*newest good checkpoint is step 4"):
+    with pytest.raises(SaveFailedError, match=r"step [67].*newest good checkpoint is step 4"):
         fit(tmp_path, save_freq=4, callbacks=[term])
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 

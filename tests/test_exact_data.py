@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 
 import keras
 import numpy as np
@@ -313,3 +315,55 @@ def torch_loader(seeded: bool, workers: int = 0):
 def test_torch_data_loader(tmp_path, seeded):
     data = lambda: {"x": torch_loader(seeded)}  # noqa: E731
     Script(small_model, data).assert_exact(tmp_path, every=3)
+
+
+class Augmented(Dataset):
+    """Draws from the global random state for every batch."""
+
+    def __getitem__(self, index):
+        x, y = super().__getitem__(index)
+        return x + np.random.normal(size=x.shape).astype("float32"), y
+
+
+@pytest.mark.parametrize("kind", ["stateful", "augmented", "grain"])
+def test_a_notice_while_a_batch_is_being_drawn(tmp_path, kind):
+    """The source has given, or is giving, what is not run yet; it must give it again."""
+    left = [-1]
+
+    def drawn():
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    class Source:
+        def __len__(self):
+            return 20
+
+        def __getitem__(self, index):
+            drawn()
+            x, y = numbers()
+            return x[index], y[index]
+
+    base = Stateful if kind == "stateful" else Augmented
+
+    class Terminating(base):
+        def __getitem__(self, index):
+            batch = super().__getitem__(index)
+            drawn()
+            return batch
+
+    def data():
+        if kind == "grain":
+            grain = pytest.importorskip("grain")
+            options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+            dataset = grain.MapDataset.source(Source()).seed(3).shuffle().batch(4)
+            return {"x": dataset.to_iter_dataset(options)}
+        return {"x": Terminating() if kind == "stateful" else Terminating("none")}
+
+    script = Script(small_model, data, options={"save_freq": 100})
+    undisturbed, _ = script.run(None)
+    left[0] = 50 if kind == "grain" else 9
+    with pytest.raises(SystemExit):
+        script.run(tmp_path)
+    resumed, _ = script.run(tmp_path)
+    resumed.assert_equal(undisturbed)

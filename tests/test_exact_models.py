@@ -20,7 +20,9 @@ def test_mixed_precision_with_loss_scaling(tmp_path):
     def model():
         keras.config.set_dtype_policy("mixed_float16")
         try:
-            return small_model(optimizer=keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam()))
+            return small_model(
+                optimizer=keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam())
+            )
         finally:
             keras.config.set_dtype_policy("float32")
 

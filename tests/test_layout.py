@@ -75,9 +75,7 @@ def fit(directory, epochs=4, scores=(), **options):
     x, y = numbers()
     weights = Weights(scores)
     checkpoint = ResilientCheckpoint(directory, **options)
-    model.fit(
-        x, y, batch_size=4, epochs=epochs, verbose=0, callbacks=[weights, checkpoint]
-    )
+    model.fit(x, y, batch_size=4, epochs=epochs, verbose=0, callbacks=[weights, checkpoint])
     return model, weights.seen, checkpoint
 
 
@@ -91,7 +89,11 @@ def test_plain_keras_reads_the_newest(tmp_path, background):
     # Nothing else lies there but the one checkpoint.
     assert os.listdir(tmp_path) == ["20"]
     found = read_with_plain_keras(tmp_path)
-    assert found == {"load_weights": digest(seen[-1]), "load_model": digest(seen[-1]), "compiled": True}
+    assert found == {
+        "load_weights": digest(seen[-1]),
+        "load_model": digest(seen[-1]),
+        "compiled": True,
+    }
 
 
 def test_plain_keras_reads_the_best_with_save_best_only(tmp_path):

@@ -166,9 +166,13 @@ def main() -> None:
     if not arguments.plain:
         options = {"save_freq": 1, **json.loads(arguments.options)}
         callbacks.append(ResilientCheckpoint(arguments.directory, verbose=1, **options))
-    source = (x, y) if arguments.slow_data < 0 else (
-        SlowData(x, y, arguments.slow_data, arguments.slow_seconds),
-        None,
+    source = (
+        (x, y)
+        if arguments.slow_data < 0
+        else (
+            SlowData(x, y, arguments.slow_data, arguments.slow_seconds),
+            None,
+        )
     )
     say(moment="fit")
     history = model.fit(

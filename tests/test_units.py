@@ -1,0 +1,383 @@
+"""The parts that work without Keras."""
+
+from __future__ import annotations
+
+import datetime
+import errno
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from resilient_ckpt.signals import NoticeKind, NoticeListener, SignalSource
+
+from resilient_ckpt import codec, rng
+from resilient_ckpt.errors import DirectoryInUseError
+from resilient_ckpt.lock import LOCK_NAME, DirectoryLock
+from resilient_ckpt.policy import AllOf, EpochEnd, EveryBatches, EverySeconds, Progress, policy_from
+from resilient_ckpt.record import Checkpoint, Root
+from resilient_ckpt.retention import RetentionPolicy
+from resilient_ckpt.retry import RetryPolicy, is_transient
+from resilient_ckpt.snapshot import HostBlock
+from resilient_ckpt.store import CheckpointStore, SaveJob, Target
+
+# Policies.
+
+
+def saved_at(policy, moments):
+    policy.start(moments[0])
+    saved = []
+    for moment in moments:
+        if policy.due(moment):
+            policy.saved(moment)
+            saved.append(moment.step)
+    return saved
+
+
+def moments(count=20, per_epoch=5, seconds=1.0):
+    return [
+        Progress(step, step // per_epoch, step % per_epoch, step * seconds, step % per_epoch == 0)
+        for step in range(count + 1)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("policy", "steps"),
+    [
+        (EveryBatches(7), [7, 14]),
+        (EpochEnd(), [0, 5, 10, 15, 20]),
+        (EpochEnd(2), [0, 10, 20]),
+        (EverySeconds(6), [6, 12, 18]),
+        (EverySeconds(datetime.timedelta(seconds=6)), [6, 12, 18]),
+        (EveryBatches(3) & EpochEnd(), [5, 10, 15, 20]),
+        (EveryBatches(7) | EverySeconds(5), [5, 10, 15, 20]),
+        (policy_from(9), [9, 18]),
+        (policy_from("epoch"), [0, 5, 10, 15, 20]),
+    ],
+)
+def test_policies(policy, steps):
+    assert saved_at(policy, moments()) == steps
+
+
+def test_policies_remember_over_a_restart():
+    first = EveryBatches(4) | EpochEnd()
+    first.saved(Progress(10, 0, 0, 0.0))
+    second = EveryBatches(4) | EpochEnd()
+    second.set_state(json.loads(json.dumps(first.get_state())))
+    second.start(Progress(12, 0, 0, 0.0))
+    assert not second.due(Progress(13, 0, 0, 0.0))
+    assert second.due(Progress(14, 0, 0, 0.0))
+
+
+@pytest.mark.parametrize("bad", [0, -1, True, 1.5, "x"])
+def test_bad_policies(bad):
+    with pytest.raises(ValueError, match="`batches`"):
+        EveryBatches(bad)
+    with pytest.raises(TypeError, match="SavePolicy"):
+        AllOf(EpochEnd(), bad)
+
+
+# Retention.
+
+checkpoints = st.lists(
+    st.builds(
+        lambda step, root, finite, resumable, metric: Checkpoint(
+            step,
+            root,
+            Path(f"{root.value}/{step}"),
+            {"finite": finite, "resumable": resumable, "metric": metric},
+        ),
+        st.integers(1, 30),
+        st.sampled_from(Root),
+        st.booleans(),
+        st.booleans(),
+        st.none() | st.floats(-5, 5),
+    ),
+    unique_by=lambda checkpoint: checkpoint.path,
+)
+
+
+@given(
+    checkpoints, st.none() | st.integers(1, 4), st.integers(0, 3), st.sampled_from(["min", "max"])
+)
+def test_retention(found, max_to_keep, keep_best, mode):
+    policy = RetentionPolicy(max_to_keep, keep_best, mode)
+    gone = policy.superfluous(found)
+    kept = [checkpoint for checkpoint in found if checkpoint not in gone]
+    good = [c for c in found if c.finite]
+    to_resume = [c for c in good if c.resumable]
+    if to_resume:
+        assert max(to_resume, key=lambda c: c.order) in kept
+    public = sorted((c for c in good if c.root is Root.PUBLIC), key=lambda c: c.order)
+    assert set(public if max_to_keep is None else public[-max_to_keep:]) <= set(kept)
+    measured = [c.metric for c in public if c.metric is not None]
+    best = sorted(measured, reverse=mode == "max")[:keep_best]
+    kept_metrics = [c.metric for c in kept if c.root is Root.PUBLIC and c.finite]
+    for value in best:
+        assert value in kept_metrics
+    # What is kept stays kept: deciding again deletes nothing more.
+    assert policy.superfluous(kept) == []
+
+
+# The codec.
+
+values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False)
+    | st.text()
+    | st.binary()
+    | st.sampled_from([np.float32(1.5), np.int64(-3), np.bool_(True)]),
+    lambda inner: (
+        st.lists(inner)
+        | st.tuples(inner, inner)
+        | st.dictionaries(st.text() | st.integers() | st.just("__rc__"), inner)
+    ),
+)
+
+
+@given(values)
+def test_codec_gives_back_what_it_got(value):
+    arrays: list[np.ndarray] = []
+    text = json.dumps(codec.encode(value, arrays))
+    back = codec.decode(json.loads(text), arrays)
+    assert back == value
+    assert type(back) is type(value)
+
+
+@pytest.mark.parametrize("size", [3, 5000])
+@pytest.mark.parametrize("dtype", ["float32", "int8", "bool", "float64", "bfloat16"])
+def test_codec_arrays(size, dtype):
+    import ml_dtypes
+
+    array = np.arange(size).astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    arrays: list[np.ndarray] = []
+    back = codec.decode(json.loads(json.dumps(codec.encode({"a": array}, arrays))), arrays)["a"]
+    assert back.dtype == array.dtype
+    np.testing.assert_array_equal(back, array)
+    assert len(arrays) == (1 if array.nbytes > codec.INLINE_BYTES else 0)
+
+
+def test_codec_random_generators():
+    for make in (np.random.default_rng, np.random.RandomState, random.Random):
+        generator = make(4)
+        generator.random()
+        back = codec.decode(json.loads(json.dumps(codec.encode(generator))))
+        assert [back.random() for _ in range(3)] == [generator.random() for _ in range(3)]
+
+
+def test_codec_refuses_what_it_cannot_hold():
+    with pytest.raises(codec.NotEncodableError, match="threading.Event"):
+        codec.encode({"a": [threading.Event()]})
+    with pytest.raises(ValueError, match="Unknown kind"):
+        codec.decode({"__rc__": "pickle"})
+
+
+def test_random_states():
+    states = json.loads(json.dumps(rng.capture()))
+    drawn = [random.random(), random.gauss(0, 1), np.random.random(), np.random.normal()]
+    rng.restore(states)
+    assert [random.random(), random.gauss(0, 1), np.random.random(), np.random.normal()] == drawn
+
+
+# Retries.
+
+
+@pytest.mark.parametrize(
+    ("number", "transient"),
+    [
+        (errno.EIO, True),
+        (errno.ESTALE, True),
+        (errno.ETIMEDOUT, True),
+        (errno.ENOSPC, False),
+        (errno.EACCES, False),
+        (errno.EROFS, False),
+        (errno.EDQUOT, False),
+    ],
+)
+def test_errors_are_judged_by_their_cause(number, transient):
+    error = ValueError("wrapped")
+    error.__cause__ = OSError(number, os.strerror(number))
+    assert is_transient(error) is transient
+    assert not is_transient(ValueError("no cause"))
+
+
+def test_retries_end_with_the_last_error():
+    slept: list[float] = []
+    tried = []
+
+    def attempt():
+        tried.append(1)
+        raise OSError(errno.EIO, "no")
+
+    with pytest.raises(OSError, match="no"):
+        RetryPolicy(budget_seconds=0.0).run(attempt, "Trying", slept.append)
+    assert len(tried) >= 1
+    with pytest.raises(ValueError, match=r"`budget_seconds`.*-1"):
+        RetryPolicy(budget_seconds=-1)
+
+
+# The lock.
+
+
+def test_lock_of_a_live_process_holds(tmp_path):
+    code = (
+        "import sys, time; from pathlib import Path\n"
+        "from resilient_ckpt.lock import DirectoryLock\n"
+        "DirectoryLock(Path(sys.argv[1])).acquire(); print('held', flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        lock = DirectoryLock(tmp_path)
+        with pytest.raises(DirectoryInUseError, match=f"process {other.pid} "):
+            lock.acquire()
+        other.kill()
+        other.wait()
+        lock.acquire()
+        lock.release()
+    assert os.listdir(tmp_path) == []
+
+
+def test_lock_with_a_number_that_is_used_again_is_stale(tmp_path):
+    owner = {"host": socket.gethostname(), "pid": 1, "processes": {str(os.getpid()): 12.5}}
+    (tmp_path / LOCK_NAME).write_text(json.dumps(owner))
+    DirectoryLock(tmp_path).acquire()
+
+
+def test_lock_of_another_host_is_taken_over_with_a_warning(tmp_path, caplog):
+    owner = {"host": "elsewhere", "pid": 1, "processes": {"1": 12.5}}
+    (tmp_path / LOCK_NAME).write_text(json.dumps(owner))
+    DirectoryLock(tmp_path).acquire()
+    assert any("on host elsewhere" in record.message for record in caplog.records)
+
+
+# Signals.
+
+
+def test_a_signal_is_heard_while_the_main_thread_is_busy_in_c():
+    heard: list[float] = []
+    with NoticeListener([SignalSource([signal.SIGUSR1])], lambda n: heard.append(time.monotonic())):
+        sent = []
+
+        def send():
+            time.sleep(0.1)
+            sent.append(time.monotonic())
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+        thread = threading.Thread(target=send)
+        thread.start()
+        # Sorting random integers holds the interpreter in C for about a second, in which no
+        # Python handler runs; numpy gives the lock away meanwhile.
+        array = np.random.default_rng(0).integers(0, 2**60, 8_000_000)
+        array.sort()
+        done = time.monotonic()
+        thread.join()
+    assert sent[0] < heard[0] < done
+
+
+def test_notice_says_who_what_and_when():
+    heard: list = []
+    source = SignalSource([signal.SIGUSR1], grace_seconds=30, clock=lambda: 100.0)
+    with NoticeListener([source], heard.append):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        end = time.monotonic() + 5
+        while not heard and time.monotonic() < end:
+            time.sleep(0.01)
+    (notice,) = heard
+    assert (notice.source, notice.kind) == ("SIGUSR1", NoticeKind.PREEMPT)
+    assert (notice.received_at, notice.deadline) == (100.0, 130.0)
+    assert notice.detail == {"signum": int(signal.SIGUSR1)}
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_a_signal_to_a_forked_child_is_its_own(early):
+    heard: list = []
+    with NoticeListener([SignalSource([signal.SIGTERM])], heard.append):
+        for _ in range(20 if early else 2):
+            pid = os.fork()
+            if pid == 0:
+                time.sleep(60)
+                os._exit(0)
+            if not early:
+                time.sleep(0.1)
+            os.kill(pid, signal.SIGTERM)
+            _, status = os.waitpid(pid, 0)
+            assert os.WTERMSIG(status) == signal.SIGTERM
+        time.sleep(0.1)
+    assert heard == []
+
+
+def test_signals_work_without_keras():
+    code = (
+        "import sys, resilient_ckpt.signals, resilient_ckpt.engine, resilient_ckpt.store, "
+        "resilient_ckpt.chaos\nassert 'keras' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# Snapshot and store.
+
+
+def test_host_block_copies_and_grows():
+    import jax.numpy as jnp
+
+    block = HostBlock()
+    first = [jnp.arange(5.0), np.float32(3).reshape(()), jnp.ones((2, 3), "bfloat16")]
+    block.reserve_for(first)
+    block.copy_in(first)
+    for ours, theirs in zip(block.arrays(), first, strict=True):
+        np.testing.assert_array_equal(ours, np.asarray(theirs))
+    larger = [np.arange(100_000)]
+    block.copy_in(larger)
+    np.testing.assert_array_equal(block.arrays()[0], larger[0])
+    block.close()
+
+
+def job(step, **record):
+    target = Target(Root.PUBLIC, step, {"pytree": {"a": {"w": 0}}})
+    return SaveJob((target,), {"epoch": step, "batch": 0, **record}, (0,))
+
+
+def test_a_replaced_step_survives_a_kill_between_the_renames(tmp_path):
+    store = CheckpointStore(tmp_path, RetentionPolicy(None))
+    store.save(job(1), [np.arange(3.0)])
+    os.rename(tmp_path / "1", tmp_path / ".replaced-1")
+    (tmp_path / ".saving-1").mkdir()
+    (tmp_path / ".deleting-7").mkdir()
+    store.clean()
+    assert os.listdir(tmp_path) == ["1"]
+    found = store.load_newest(["pytree"])
+    assert found is not None
+    np.testing.assert_array_equal(found[1]["pytree"]["a"]["w"], np.arange(3.0))
+
+
+def test_the_same_step_further_on_replaces_it(tmp_path):
+    store = CheckpointStore(tmp_path, RetentionPolicy(None))
+    store.save(job(1, note="first"), [np.arange(3.0)])
+    store.save(job(1, note="second"), [np.arange(4.0)])
+    (checkpoint,) = store.checkpoints()
+    assert checkpoint.record["note"] == "second"
+    assert os.listdir(tmp_path) == ["1"]
+
+
+def test_a_store_of_non_finite_checkpoints_prefers_the_finite(tmp_path):
+    store = CheckpointStore(tmp_path, RetentionPolicy(1))
+    store.save(job(1), [np.ones(3)])
+    store.save(job(2), [np.array([1.0, np.inf, 2.0])])
+    assert [c.step for c in store.checkpoints()] == [1, 2]
+    found = store.load_newest(["pytree"])
+    assert found is not None
+    assert found[0].step == 1
+    assert [c.step for c in store.checkpoints()] == [1]

@@ -181,7 +181,8 @@ def per_save(megabytes: int, rounds: int, saves: int, folder: Path) -> list[str]
 
 def many_small(megabytes: int, folder: Path) -> list[str]:
     rows = [
-        "| | arrays | loop stops for, ms | loop takes so many times as long while saving | until committed, s |",
+        "| | arrays | loop stops for, ms | loop takes so many times as long while saving "
+        "| until committed, s |",
         "|---|---|---|---|---|",
     ]
     for count in (10_000, 1):

@@ -178,7 +178,7 @@ def test_codec_random_generators():
 
 
 def test_codec_refuses_what_it_cannot_hold():
-    with pytest.raises(codec.NotEncodableError, match="threading.Event"):
+    with pytest.raises(codec.NotEncodableError, match=r"threading\.Event"):
         codec.encode({"a": [threading.Event()]})
     with pytest.raises(ValueError, match="Unknown kind"):
         codec.decode({"__rc__": "pickle"})

@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import threading
+import time
 
 import keras
 import numpy as np
@@ -343,10 +344,14 @@ def test_a_failed_last_save_raises_and_names_the_newest(tmp_path, failing_store)
 
 
 def test_a_failed_emergency_save_raises(tmp_path, failing_store):
-    failing_store(6, 7)
-    term = At(6, lambda callback: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(SaveFailedError, match=r"step [67].*newest good checkpoint is step 4"):
-        fit(tmp_path, save_freq=4, callbacks=[term])
+    failing_store(6)
+
+    def terminate(callback):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)  # A thread delivers the notice; further batches could begin meanwhile.
+
+    with pytest.raises(SaveFailedError, match=r"step 6.*newest good checkpoint is step 4"):
+        fit(tmp_path, save_freq=4, callbacks=[At(6, terminate)])
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 

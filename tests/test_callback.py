@@ -206,6 +206,7 @@ def test_everything_is_put_back(tmp_path):
         pass
 
     before = signal.signal(signal.SIGTERM, handler)
+    interrupt = signal.getsignal(signal.SIGINT)
     wakeup = signal.set_wakeup_fd(-1)
     threads = set(threading.enumerate())
     try:
@@ -218,7 +219,7 @@ def test_everything_is_put_back(tmp_path):
             except RuntimeError:
                 assert callbacks
             assert signal.getsignal(signal.SIGTERM) is handler
-            assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+            assert signal.getsignal(signal.SIGINT) is interrupt
             assert signal.set_wakeup_fd(-1) == -1
             ours = {t.name for t in set(threading.enumerate()) - threads}
             assert not [name for name in ours if name.startswith("resilient-ckpt")]

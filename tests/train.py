@@ -9,6 +9,7 @@ import argparse
 import hashlib
 import json
 import os
+import signal
 import sys
 import time
 
@@ -141,6 +142,8 @@ def main() -> None:
     parser.add_argument("--fork", action="store_true", help="fork a child within fit")
     parser.add_argument("--plain", action="store_true", help="without this package")
     arguments = parser.parse_args()
+    # As in a terminal: what starts the tests may have SIGINT ignored (nohup, a background job).
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     keras.utils.set_random_seed(7)
     data = np.random.default_rng(0)

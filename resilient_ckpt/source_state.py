@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import zlib
 from collections.abc import Mapping
@@ -18,9 +19,10 @@ class SourceState:
     """Captures and restores what changes in a data source from epoch to epoch.
 
     A source with `get_state`/`set_state` (Grain's names) or `state_dict`/`load_state_dict`
-    (torch's) is asked. Of a `PyDataset` without them, its own plain attributes are taken:
-    numbers, strings, random generators, and arrays of up to 16 MiB that have changed since
-    the beginning, such as shuffled indices.
+    (torch's) is asked. Of a `PyDataset` without them, those of its own plain attributes are
+    taken that have changed since the beginning of `fit`: numbers, strings, random generators,
+    arrays of up to 16 MiB, such as shuffled indices. What has not changed is configuration,
+    and the restarted script's to choose.
 
     Args:
         source: The data source, or `None`.
@@ -29,7 +31,8 @@ class SourceState:
     def __init__(self, source: Any) -> None:
         self._source = source
         self._loader = _is_torch_loader(source)
-        self._digests = {} if self._protocol() or self._loader else self._array_digests()
+        watched = source is not None and not self._protocol() and not self._loader
+        self._initial = _digests(source) if watched else {}
 
     def capture(self) -> Any:
         """The state, as JSON values; `None` if there is none to speak of."""
@@ -42,12 +45,9 @@ class SourceState:
             return None
         attributes = {}
         for name, value in _attributes(self._source).items():
-            if isinstance(value, np.ndarray) and self._digests.get(name) == _digest(value):
-                continue
-            try:
+            digest = _digest(value)
+            if digest is not None and digest != self._initial.get(name):
                 attributes[name] = codec.encode(value)
-            except codec.NotEncodableError:
-                continue
         return {"attributes": attributes}
 
     def restore(self, state: Any) -> None:
@@ -77,14 +77,6 @@ class SourceState:
             if all(callable(getattr(self._source, name, None)) for name in pair):
                 return pair
         return None
-
-    def _array_digests(self) -> dict[str, int]:
-        attributes = {} if self._source is None else _attributes(self._source)
-        return {
-            name: _digest(value)
-            for name, value in attributes.items()
-            if isinstance(value, np.ndarray)
-        }
 
     def _generators(self) -> dict[str, Any]:
         loader = self._source
@@ -118,8 +110,18 @@ def _attributes(source: Any) -> dict[str, Any]:
     }
 
 
-def _digest(array: np.ndarray) -> int:
-    return zlib.crc32(np.ascontiguousarray(array).view(np.uint8).reshape(-1).data)
+def _digests(source: Any) -> dict[str, int | None]:
+    return {name: _digest(value) for name, value in _attributes(source).items()}
+
+
+def _digest(value: Any) -> int | None:
+    """A checksum of a value; `None` for one that a checkpoint cannot hold."""
+    if isinstance(value, np.ndarray) and not value.dtype.hasobject:
+        return zlib.crc32(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+    try:
+        return zlib.crc32(json.dumps(codec.encode(value)).encode())
+    except codec.NotEncodableError:
+        return None
 
 
 def _is_torch_loader(source: Any) -> bool:

@@ -172,7 +172,7 @@ class Engine:
         self.failed_saves = 0
         self.committed: Checkpoint | None = None
         self.waiting_for_data = False
-        self.rescue: Callable[[], tuple[Captured, Progress] | None] = lambda: None
+        self.rescue: Callable[[], tuple[Callable[[], Captured], Progress] | None] = lambda: None
         self.clock = clock
         self._wall_clock = wall_clock
         self._retry = retry if retry is not None else RetryPolicy()
@@ -388,12 +388,12 @@ class Engine:
         self._pending.start()
 
     def save_emergency(
-        self, captured: Captured, progress: Progress, reason: str = "emergency"
+        self, capture: Callable[[], Captured], progress: Progress, reason: str = "emergency"
     ) -> None:
         """Saves and commits now, unless this very moment is committed already.
 
         Args:
-            captured: The state.
+            capture: Gives the state; called only if it is needed.
             progress: The moment.
             reason: Why, for the record.
 
@@ -404,6 +404,7 @@ class Engine:
             self.wait()
             if self.is_committed(progress):
                 return
+            captured = capture()
             options = self.options
             public = not (options.save_best_only or options.save_weights_only or captured.transient)
             job = self._job(captured, progress, reason, Measurement(), public)

@@ -299,9 +299,9 @@ class FitSession:
     def _noticed(self) -> bool:
         return self._engine.notice is not None
 
-    def _rescue(self) -> tuple[Captured, Progress] | None:
+    def _rescue(self) -> tuple[Callable[[], Captured], Progress] | None:
         waiting = self._waiting
-        return None if waiting is None else (waiting(), self._progress())
+        return None if waiting is None else (waiting, self._progress())
 
     # Validation.
 
@@ -403,10 +403,7 @@ class FitSession:
     def _save_and_leave(self, capture: Callable[[], Captured]) -> None:
         engine = self._engine
         try:
-            progress = self._progress()
-            engine.wait()
-            if not engine.is_committed(progress):
-                engine.save_emergency(capture(), progress)
+            engine.save_emergency(capture, self._progress())
             error = engine.leave()
         except BaseException:
             self.close()
@@ -436,10 +433,7 @@ class FitSession:
         engine = self._engine
         reason = "interrupt" if isinstance(error, KeyboardInterrupt) else "exception"
         try:
-            engine.wait()
-            progress = self._progress()
-            if not engine.is_committed(progress):
-                engine.save_emergency(self._capture(), progress, reason)
+            engine.save_emergency(self._capture, self._progress(), reason)
         except Exception:
             # The exception on its way out matters more than this one.
             logger.exception("The state at the exception could not be saved.")

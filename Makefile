@@ -15,7 +15,7 @@ test: $(STAMP)
 
 # The tests of tf.data and torch DataLoader are skipped without these (CPU builds in CI).
 extras: $(STAMP)
-	$(BIN)/pip install --quiet --constraint constraints.txt torch tensorflow-cpu tensorboard
+	$(BIN)/pip install --quiet --constraint constraints.txt torch torchdata tensorflow-cpu tensorboard
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import random
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,8 +37,8 @@ def encode(value: Any, arrays: list[np.ndarray] | None = None) -> Any:
 
     Args:
         value: None, bool, int, float, str, bytes, NumPy scalar or array, something with
-            `__array__` (a JAX array), NumPy or Python random generator, or a list, tuple,
-            set or dictionary of those.
+            `__array__` (a JAX array), torch tensor, NumPy or Python random generator, or a
+            list, tuple, set or dictionary of those.
         arrays: Receives the arrays of more than 4096 bytes; `None` puts them into the text.
 
     Returns:
@@ -66,9 +67,20 @@ def encode(value: Any, arrays: list[np.ndarray] | None = None) -> Any:
         return {_TAG: "Generator", "state": encode(value.bit_generator.state, arrays)}
     if isinstance(value, random.Random):
         return {_TAG: "Random", "state": encode(value.getstate(), arrays)}
+    torch = sys.modules.get("torch")  # a tensor cannot exist before its library is imported
+    if torch is not None and isinstance(value, torch.Tensor):
+        return {_TAG: "tensor", "array": encode(_numpy_of(value), arrays)}
     if isinstance(value, np.ndarray | np.generic) or hasattr(value, "__array__"):
         return _encode_array(value, arrays)
     raise NotEncodableError(f"{type(value).__module__}.{type(value).__qualname__}")
+
+
+def _numpy_of(tensor: Any) -> np.ndarray:
+    try:
+        array: np.ndarray = tensor.detach().cpu().numpy()
+    except TypeError as error:  # a dtype that NumPy lacks, such as bfloat16
+        raise NotEncodableError(str(error)) from error
+    return array
 
 
 def _encode_array(value: Any, arrays: list[np.ndarray] | None) -> Any:
@@ -135,5 +147,9 @@ def decode(value: Any, arrays: Sequence[np.ndarray] = ()) -> Any:
             python = random.Random()
             python.setstate(decode(value["state"], arrays))
             return python
+        case "tensor":
+            import torch
+
+            return torch.from_numpy(decode(value["array"], arrays))
         case other:
             raise ValueError(f"Unknown kind of value in a checkpoint: {other!r}")

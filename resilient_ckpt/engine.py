@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
+import os
 import signal
+import sys
 import threading
 import time
 import uuid
@@ -39,6 +42,9 @@ logger = logging.getLogger(__name__)
 RESCUE_AFTER_SECONDS = 1.0
 """How long the main thread may go on waiting for data after a notice before its state is
 saved from another thread."""
+
+LEAVE_AFTER_SECONDS = 3.0
+"""How long it may go on waiting after that save before the process is ended under it."""
 
 
 @dataclass(frozen=True)
@@ -184,6 +190,7 @@ class Engine:
         self._last_error: BaseException | None = None
         self._saving = threading.RLock()
         self._timer: threading.Timer | None = None
+        self._closing = threading.Event()
         self._listener: NoticeListener | None = None
         self._signals: SignalSource | None = None
         self._interrupts = 0
@@ -329,10 +336,29 @@ class Engine:
         try:
             with self._saving:
                 state = self.rescue() if self.waiting_for_data else None
-                if state is not None:
-                    self.save_emergency(*state)
+                if state is None:
+                    return
+                self.save_emergency(*state)
         except Exception:
             logger.exception("The emergency save failed; it is tried again between batches.")
+            return
+        if not self._closing.wait(LEAVE_AFTER_SECONDS) and self.waiting_for_data:
+            self._end_process()
+
+    def _end_process(self) -> None:
+        """Leaves for the main thread, which hangs where no exception reaches it."""
+        error = self.leave()
+        if not isinstance(error, Preempted):
+            logger.warning("The main thread hangs in its data source; the process stays.")
+            return
+        logger.warning("The main thread hangs in its data source; ending the process.")
+        self._writer.close()
+        self._lock.release()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        assert isinstance(error.code, int)
+        os._exit(error.code)
 
     def wall_now(self) -> float:
         """The time, in seconds since the epoch."""
@@ -493,6 +519,7 @@ class Engine:
 
     def close(self) -> None:
         """Finishes the save under way and puts everything back. May be called twice."""
+        self._closing.set()
         if self._listener is not None:
             self._listener.stop()
             self._listener = None

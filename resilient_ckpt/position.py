@@ -137,6 +137,11 @@ class DataPosition:
         self._last_batch = None
 
     def _loader_state(self) -> Any:
+        if self._source.tells_position:
+            try:
+                return self._source.position()
+            except codec.NotEncodableError:
+                return None  # It is replayed then.
         if not hasattr(self._iterator, "get_state") or not hasattr(self._iterator, "set_state"):
             return None
         try:
@@ -179,7 +184,9 @@ class DataPosition:
             iterator._num_batches = position["num_batches"]
         self._repeat_iterators(int(position.get("iterators", 0)))
         ahead = bool(position.get("ahead"))
-        by_itself = position.get("loader") is not None or self._source.resumes_by_itself
+        by_itself = position.get("loader") is not None
+        if by_itself and self._source.tells_position:
+            self._source.set_position(position["loader"])
         seek = drawn and (
             (not by_itself and not ahead) or isinstance(self._adapter, ArrayDataAdapter)
         )
@@ -212,14 +219,14 @@ class DataPosition:
         self._drawn = drawn
         self._executions = position["executions"]
         if position.get("loader") is not None:
+            if self._source.tells_position:
+                return  # Its iterator begins there.
             try:
                 batches.set_state(codec.decode(position["loader"]))
             except ValueError as error:  # Grain compares the source's repr, for one.
                 logger.info("The data loader does not take its state, and is replayed: %s", error)
             else:
                 return
-        if self._source.resumes_by_itself and not position.get("ahead"):
-            return  # Restoring its state has brought it here.
         skipped = max(drawn - _READ_BEFORE_POSITION, 0)
         for _ in itertools.islice(batches, skipped):
             pass

@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 
 _ALIGNMENT = 64
 _WARM_CHUNK = 16 << 20
+_REST_PER_WORK = 5
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ class HostBlock:
         self._layouts: tuple[LeafLayout, ...] = ()
         self._views: list[np.ndarray] = []
         self._warming: threading.Thread | None = None
+        self._hurry = threading.Event()
 
     def reserve(self, nbytes: int) -> None:
         """Makes the block at least so large, and warms it in the background.
@@ -101,8 +104,9 @@ class HostBlock:
         else:
             self._map = mmap.mmap(-1, nbytes)
         self.size = nbytes
+        self._hurry.clear()
         self._warming = threading.Thread(
-            target=_warm, args=(self._map,), name="resilient-ckpt-warm", daemon=True
+            target=_warm, args=(self._map, self._hurry), name="resilient-ckpt-warm", daemon=True
         )
         self._warming.start()
 
@@ -158,11 +162,15 @@ class HostBlock:
 
     def _wait_warm(self) -> None:
         if self._warming is not None:
+            self._hurry.set()
             self._warming.join()
             self._warming = None
 
 
-def _warm(block: mmap.mmap) -> None:
+def _warm(block: mmap.mmap, hurry: threading.Event) -> None:
     raw = np.frombuffer(block, np.uint8)
     for start in range(0, raw.size, _WARM_CHUNK):
+        began = time.monotonic()
         raw[start : start + _WARM_CHUNK] = 0
+        # The first steps of training go on meanwhile; they get the cores most of the time.
+        hurry.wait(_REST_PER_WORK * (time.monotonic() - began))

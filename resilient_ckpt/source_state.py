@@ -24,6 +24,10 @@ class SourceState:
     arrays of up to 16 MiB, such as shuffled indices. What has not changed is configuration,
     and the restarted script's to choose.
 
+    A torch `DataLoader` is known by the states of its random generators and, where it reads
+    in this process, of its dataset. torchdata's `StatefulDataLoader` also tells its position
+    within an epoch (https://meta-pytorch.org/data/main/stateful_dataloader_tutorial.html).
+
     Args:
         source: The data source, or `None`.
     """
@@ -31,16 +35,21 @@ class SourceState:
     def __init__(self, source: Any) -> None:
         self._source = source
         self._loader = _is_torch_loader(source)
-        watched = source is not None and not self._protocol() and not self._loader
+        watched = source is not None and not _protocol(source) and not self._loader
         self._initial = _digests(source) if watched else {}
 
     def capture(self) -> Any:
         """The state, as JSON values; `None` if there is none to speak of."""
-        protocol = self._protocol()
+        if self._loader:
+            state = {"generators": self._generator_states()}
+            dataset = self._dataset()
+            protocol = _protocol(dataset)
+            if protocol is not None:
+                state["dataset"] = getattr(dataset, protocol[0])()
+            return codec.encode(state)
+        protocol = _protocol(self._source)
         if protocol is not None:
             return codec.encode({"told": getattr(self._source, protocol[0])()})
-        if self._loader:
-            return codec.encode({"generators": self._generator_states()})
         if self._source is None:
             return None
         attributes = {}
@@ -58,25 +67,38 @@ class SourceState:
         """
         if not isinstance(state, Mapping):
             return
-        protocol = self._protocol()
-        if "told" in state and protocol is not None:
-            getattr(self._source, protocol[1])(codec.decode(state["told"]))
-        elif "generators" in state and self._loader:
+        protocol = _protocol(self._source)
+        if "generators" in state and self._loader:
             self._set_generator_states(codec.decode(state["generators"]))
+            dataset = self._dataset()
+            protocol = _protocol(dataset)
+            if "dataset" in state and protocol is not None:
+                getattr(dataset, protocol[1])(codec.decode(state["dataset"]))
+        elif "told" in state and protocol is not None:
+            getattr(self._source, protocol[1])(codec.decode(state["told"]))
         elif "attributes" in state and self._source is not None:
             for name, value in state["attributes"].items():
                 vars(self._source)[name] = codec.decode(value)
 
     @property
-    def resumes_by_itself(self) -> bool:
-        """Whether restoring its state also brings it to its position."""
-        return self._loader and self._protocol() is not None
+    def tells_position(self) -> bool:
+        """Whether the source itself can say, and be told, where in an epoch it is."""
+        return self._loader and _protocol(self._source) is not None
 
-    def _protocol(self) -> tuple[str, str] | None:
-        for pair in (("get_state", "set_state"), ("state_dict", "load_state_dict")):
-            if all(callable(getattr(self._source, name, None)) for name in pair):
-                return pair
-        return None
+    def position(self) -> Any:
+        """Where in the epoch the source is, as JSON values."""
+        return codec.encode(self._source.state_dict())
+
+    def set_position(self, position: Any) -> None:
+        """Has the next iterator begin where `position` says."""
+        self._source.load_state_dict(codec.decode(position))
+        # It makes that iterator, which draws from torch's random state, only when it is
+        # asked for something; the random states are put right after this.
+        self._source.state_dict()
+
+    def _dataset(self) -> Any:
+        # Workers have a copy of the dataset, made anew for every epoch.
+        return self._source.dataset if self._source.num_workers == 0 else None
 
     def _generators(self) -> dict[str, Any]:
         loader = self._source
@@ -97,6 +119,13 @@ class SourceState:
         for name, generator in self._generators().items():
             if name in states:
                 generator.set_state(torch.from_numpy(states[name]))
+
+
+def _protocol(source: Any) -> tuple[str, str] | None:
+    for pair in (("get_state", "set_state"), ("state_dict", "load_state_dict")):
+        if all(callable(getattr(source, name, None)) for name in pair):
+            return pair
+    return None
 
 
 def _attributes(source: Any) -> dict[str, Any]:

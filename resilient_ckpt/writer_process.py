@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import mmap
@@ -19,8 +18,6 @@ import numpy as np
 from resilient_ckpt.snapshot import LeafLayout, views
 from resilient_ckpt.writer import WriteRequest, receive_message, send_message
 
-_LOWEST_PRIORITY = 19
-
 
 def main(descriptor: int) -> None:
     """Serves save requests until the trainer closes the connection.
@@ -31,7 +28,6 @@ def main(descriptor: int) -> None:
     # The trainer decides what a signal means; a save under way is to be finished.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    _yield_cores()
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     connection = socket.socket(fileno=descriptor)
     _exit_with_parent(connection)
@@ -58,14 +54,6 @@ def main(descriptor: int) -> None:
         except Exception as error:  # noqa: BLE001 - raised again in the trainer
             answer = _portable(error)
         send_message(connection, answer)
-
-
-def _yield_cores() -> None:
-    """Runs only on what training leaves: a niced process would still slow its steps."""
-    os.nice(_LOWEST_PRIORITY)
-    if hasattr(os, "SCHED_IDLE"):
-        with contextlib.suppress(PermissionError):
-            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 def _portable(error: Exception) -> Exception:

@@ -62,6 +62,13 @@ def fail(callback):
     raise RuntimeError("made to fail")
 
 
+def test_latest_step(tmp_path):
+    assert ResilientCheckpoint(tmp_path).latest_step is None
+    _, _, checkpoint = fit(tmp_path, save_freq=3, max_to_keep=None)
+    assert steps(tmp_path) == [3, 6, 9, 10]
+    assert checkpoint.latest_step == ResilientCheckpoint(tmp_path).latest_step == 10
+
+
 @pytest.mark.parametrize(
     ("options", "error", "says"),
     [

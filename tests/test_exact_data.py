@@ -317,6 +317,41 @@ def test_torch_data_loader(tmp_path, seeded):
     Script(small_model, data).assert_exact(tmp_path, every=3)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_torchdata_stateful_data_loader(tmp_path, workers):
+    loaders = pytest.importorskip("torchdata.stateful_dataloader")
+    torch = pytest.importorskip("torch")
+    reads = []
+
+    class Source(torch.utils.data.Dataset):
+        def __len__(self):
+            return 20
+
+        def __getitem__(self, index):
+            reads.append(index)
+            x, y = numbers()
+            return x[index], y[index]
+
+    def data():
+        torch.manual_seed(6)
+        return {
+            "x": loaders.StatefulDataLoader(
+                Source(), batch_size=4, shuffle=True, num_workers=workers
+            )
+        }
+
+    Script(small_model, data).assert_exact(tmp_path, every=4)
+    if workers == 0:
+        folder = tmp_path / "counted"
+        folder.mkdir()
+        reads.clear()
+        _, photos = Script(small_model, data).run(tmp_path / "watched again", folder)
+        whole = len(reads)
+        reads.clear()
+        Script(small_model, data).run(photos[-2])
+        assert len(reads) < whole / 4
+
+
 class Augmented(Dataset):
     """Draws from the global random state for every batch."""
 

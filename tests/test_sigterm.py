@@ -95,6 +95,21 @@ def test_while_waiting_for_slow_data(tmp_path):
     assert resumed == undisturbed
 
 
+def test_while_the_data_source_hangs_in_c(tmp_path):
+    data = ("--slow-data", 3)
+    undisturbed = finish(tmp_path / "undisturbed", *data, "--slow-seconds", 0, **RARELY)
+    directory = tmp_path / "run"
+    with start(directory, *data, "--slow-seconds", 1, "--hang", **RARELY) as process:
+        process.wait_for_line(moment("data_wait"))
+        began = time.monotonic()
+        process.send(signal.SIGTERM)
+        assert process.wait() == 143, process.output()
+        assert time.monotonic() - began < 20
+    assert newest(directory).step >= 1
+    assert newest(directory).record["source"] == "SIGTERM"
+    assert finish(directory, *data, "--slow-seconds", 0, **RARELY) == undisturbed
+
+
 def test_during_a_long_step(tmp_path):
     step = ("--slow-step", 400)
     undisturbed = finish(tmp_path / "undisturbed", *step, **RARELY)

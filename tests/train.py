@@ -6,6 +6,7 @@ Prints one line of JSON for every moment that the tests wait for, and the result
 from __future__ import annotations
 
 import argparse
+import ctypes
 import hashlib
 import json
 import os
@@ -83,12 +84,20 @@ class Moments(keras.callbacks.Callback):
         self.moment("epoch_end", epoch=epoch)
 
 
+def hang_in_c() -> None:
+    """Waits for ever in C, where no signal handler of Python runs."""
+    libc = ctypes.CDLL(None)
+    mutex = ctypes.create_string_buffer(64)  # zeros: PTHREAD_MUTEX_INITIALIZER
+    libc.pthread_mutex_lock(mutex)
+    libc.pthread_mutex_lock(mutex)
+
+
 class SlowData(keras.utils.PyDataset):
     """Sleeps before one batch."""
 
-    def __init__(self, x, y, slow_at: int, seconds: float) -> None:
+    def __init__(self, x, y, slow_at: int, seconds: float, hang: bool) -> None:
         super().__init__()
-        self.x, self.y, self.slow_at, self.seconds = x, y, slow_at, seconds
+        self.x, self.y, self.slow_at, self.seconds, self.hang = x, y, slow_at, seconds, hang
 
     def __len__(self) -> int:
         return len(self.x) // 8
@@ -96,6 +105,8 @@ class SlowData(keras.utils.PyDataset):
     def __getitem__(self, index):
         if index == self.slow_at:
             say(moment="data_wait")
+            if self.seconds > 0 and self.hang:
+                hang_in_c()
             time.sleep(self.seconds)
         part = slice(index * 8, index * 8 + 8)
         return self.x[part], self.y[part]
@@ -135,6 +146,7 @@ def main() -> None:
     parser.add_argument("--slow-in", default="")
     parser.add_argument("--slow-seconds", type=float, default=2.0)
     parser.add_argument("--slow-data", type=int, default=-1)
+    parser.add_argument("--hang", action="store_true", help="slow data never comes")
     parser.add_argument("--slow-step", type=int, default=0)
     parser.add_argument("--steps-per-execution", type=int, default=1)
     parser.add_argument("--options", default="{}")
@@ -173,7 +185,7 @@ def main() -> None:
         (x, y)
         if arguments.slow_data < 0
         else (
-            SlowData(x, y, arguments.slow_data, arguments.slow_seconds),
+            SlowData(x, y, arguments.slow_data, arguments.slow_seconds, arguments.hang),
             None,
         )
     )

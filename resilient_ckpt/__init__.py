@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from resilient_ckpt.callback import ResilientCheckpoint
     from resilient_ckpt.errors import (
+        CheckpointDamagedError,
         CheckpointMismatchError,
         CheckpointNotFoundError,
         CheckpointsExistError,
+        CheckpointUnreadableError,
         DirectoryInUseError,
         Preempted,
         ResilientCheckpointError,
@@ -36,9 +38,11 @@ if TYPE_CHECKING:
 _MODULES = {
     "AllOf": "policy",
     "AnyOf": "policy",
+    "CheckpointDamagedError": "errors",
     "CheckpointMismatchError": "errors",
     "CheckpointNotFoundError": "errors",
     "CheckpointStore": "store",
+    "CheckpointUnreadableError": "errors",
     "CheckpointsExistError": "errors",
     "DirectoryInUseError": "errors",
     "EpochEnd": "policy",
@@ -57,9 +61,11 @@ _MODULES = {
 __all__ = [
     "AllOf",
     "AnyOf",
+    "CheckpointDamagedError",
     "CheckpointMismatchError",
     "CheckpointNotFoundError",
     "CheckpointStore",
+    "CheckpointUnreadableError",
     "CheckpointsExistError",
     "DirectoryInUseError",
     "EpochEnd",

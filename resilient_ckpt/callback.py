@@ -15,6 +15,7 @@ import jax
 import keras
 from keras.src.callbacks.monitor_callback import MonitorCallback
 
+from resilient_ckpt.durability import DURABILITIES, Durability
 from resilient_ckpt.engine import Engine, EngineOptions, Measurement
 from resilient_ckpt.fit_call import find_callback_list, find_fit
 from resilient_ckpt.policy import SavePolicy, policy_from
@@ -80,10 +81,14 @@ class ResilientCheckpoint(MonitorCallback):  # type: ignore[misc]  # Keras is un
         on_preemption: `"exit"` raises `Preempted`; `"stop"` lets `fit` return, without
             validation or end-of-epoch callbacks for the epoch begun.
         exit_code: The exit code of `Preempted`, instead of 128 + signal.
-        durable: Whether a commit waits until everything is on the disk.
+        durability: What a commit survives: `"power-loss"` waits until everything is on the
+            disk; `"process"` leaves that to the operating system.
         retry: How storage errors that may pass are retried.
         max_failed_saves: After more failed saves in a row than this, training ends with
             `SaveFailedError`. By default it goes on, and only the last save must succeed.
+        save_timeout_seconds: A save under way that has taken so long when the next one is
+            due, as on a file system that hangs, counts as failed, and its writer is ended;
+            `None` waits for ever.
 
     Raises:
         TypeError: If an argument is of a wrong type.
@@ -112,9 +117,10 @@ class ResilientCheckpoint(MonitorCallback):  # type: ignore[misc]  # Keras is un
         grace_seconds: float | None = None,
         on_preemption: Literal["exit", "stop"] = "exit",
         exit_code: int | None = None,
-        durable: bool = True,
+        durability: Durability = "power-loss",
         retry: RetryPolicy | None = None,
         max_failed_saves: int | None = None,
+        save_timeout_seconds: float | None = 1800.0,
     ) -> None:
         if keras.backend.backend() != "jax":
             raise ValueError(
@@ -147,19 +153,16 @@ class ResilientCheckpoint(MonitorCallback):  # type: ignore[misc]  # Keras is un
             )
         if exit_code is not None and not (isinstance(exit_code, int) and 0 <= exit_code <= 255):
             raise ValueError(f"`exit_code` must be from 0 to 255, or None, got {exit_code!r}.")
-        if grace_seconds is not None:
-            _check_number("grace_seconds", grace_seconds)
-            if grace_seconds <= 0:
-                raise ValueError(
-                    f"`grace_seconds` must be a positive number of seconds, got {grace_seconds!r}."
-                )
+        if durability not in DURABILITIES:
+            raise ValueError(f"`durability` must be one of {DURABILITIES}, got {durability!r}.")
+        _check_seconds("grace_seconds", grace_seconds)
+        _check_seconds("save_timeout_seconds", save_timeout_seconds)
         if retry is not None and not isinstance(retry, RetryPolicy):
             raise TypeError(f"`retry` must be a RetryPolicy, got {retry!r}.")
         for name, value in (
             ("save_best_only", save_best_only),
             ("save_on_background", save_on_background),
             ("save_weights_only", save_weights_only),
-            ("durable", durable),
         ):
             if not isinstance(value, bool):
                 raise TypeError(f"`{name}` must be True or False, got {value!r}.")
@@ -174,7 +177,7 @@ class ResilientCheckpoint(MonitorCallback):  # type: ignore[misc]  # Keras is un
         self.keep_best = keep_best
         self._policy: SavePolicy = policy_from(save_freq)
         self._retry = retry
-        self._durable = durable
+        self._durability: Durability = durability
         self._options = EngineOptions(
             save_best_only=save_best_only,
             save_weights_only=save_weights_only,
@@ -186,6 +189,7 @@ class ResilientCheckpoint(MonitorCallback):  # type: ignore[misc]  # Keras is un
             exit_code=exit_code,
             resume=resume,
             max_failed_saves=max_failed_saves,
+            save_timeout_seconds=save_timeout_seconds,
         )
         self._session: FitSession | None = None
         self._engine: Engine | None = None
@@ -252,8 +256,8 @@ class ResilientCheckpoint(MonitorCallback):  # type: ignore[misc]  # Keras is un
         larger_is_better = self.monitor_op is not None and bool(self.monitor_op(2.0, 1.0))
         options = dataclasses.replace(self._options, mode="max" if larger_is_better else "min")
         retention = RetentionPolicy(self.max_to_keep, self.keep_best, options.mode)
-        store = CheckpointStore(self.directory, retention, self._durable)
-        self._engine = Engine(store, self._policy, options, self._retry)
+        store = CheckpointStore(self.directory, retention, self._durability, self._retry)
+        self._engine = Engine(store, self._policy, options)
         others = [c for c in callback_list.callbacks if not isinstance(c, _First) and c is not self]
         session = FitSession(
             self._engine,
@@ -354,6 +358,14 @@ def _check_count(name: str, value: object, least: int, also: str = "") -> None:
 def _check_number(name: str, value: object) -> None:
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise TypeError(f"`{name}` must be a number or None, got {value!r}.")
+
+
+def _check_seconds(name: str, value: object) -> None:
+    if value is None:
+        return
+    _check_number(name, value)
+    if not (isinstance(value, int | float) and value > 0):
+        raise ValueError(f"`{name}` must be a positive number of seconds, got {value!r}.")
 
 
 def _check_signals(signals: object) -> tuple[int, ...]:

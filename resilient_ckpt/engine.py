@@ -20,13 +20,13 @@ import numpy as np
 from resilient_ckpt.errors import (
     CheckpointNotFoundError,
     CheckpointsExistError,
+    DirectoryInUseError,
     Preempted,
     SaveFailedError,
 )
 from resilient_ckpt.lock import DirectoryLock
 from resilient_ckpt.policy import Progress, SavePolicy
 from resilient_ckpt.record import Checkpoint, Root
-from resilient_ckpt.retry import RetryPolicy
 from resilient_ckpt.signals import (
     NoticeKind,
     NoticeListener,
@@ -43,8 +43,17 @@ RESCUE_AFTER_SECONDS = 1.0
 """How long the main thread may go on waiting for data after a notice before its state is
 saved from another thread."""
 
+SLOW_SAVE_SECONDS = 5.0
+"""How much longer than usual a save under way may take before an emergency save passes it."""
+
+UNKNOWN_SAVE_SECONDS = 30.0
+"""How long a save is expected to take before one was seen."""
+
 LEAVE_AFTER_SECONDS = 3.0
 """How long it may go on waiting after that save before the process is ended under it."""
+
+
+_POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -101,6 +110,8 @@ class EngineOptions:
         exit_code: The exit code after a preemption; `None` for 128 + signal.
         resume: `"auto"`, `"never"` or a step.
         max_failed_saves: After how many failed interval saves in a row training ends.
+        save_timeout_seconds: After how many seconds a save under way is given up; `None`
+            waits for ever.
     """
 
     save_best_only: bool = False
@@ -114,6 +125,24 @@ class EngineOptions:
     exit_code: int | None = None
     resume: str | int = "auto"
     max_failed_saves: int | None = None
+    save_timeout_seconds: float | None = 1800.0
+
+
+@dataclass
+class PendingSave:
+    """A save under way in the background.
+
+    Attributes:
+        step: Its step.
+        began: When it began, by the engine's clock.
+        thread: Waits for it.
+        abandoned: Whether nobody waits for it any more.
+    """
+
+    step: int
+    began: float
+    thread: threading.Thread | None = None
+    abandoned: bool = False
 
 
 @dataclass
@@ -156,7 +185,6 @@ class Engine:
         store: Where to save.
         policy: When to save.
         options: What to save.
-        retry: How to treat storage errors that may pass.
         clock: A monotonic clock, in seconds.
         wall_clock: The time, in seconds since the epoch.
     """
@@ -166,7 +194,6 @@ class Engine:
         store: CheckpointStore,
         policy: SavePolicy,
         options: EngineOptions,
-        retry: RetryPolicy | None = None,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
@@ -181,11 +208,11 @@ class Engine:
         self.rescue: Callable[[], tuple[Callable[[], Captured], Progress] | None] = lambda: None
         self.clock = clock
         self._wall_clock = wall_clock
-        self._retry = retry if retry is not None else RetryPolicy()
         self._lock = DirectoryLock(store.directory)
         self._block = HostBlock()
         self._writer = ProcessWriter()
-        self._pending: threading.Thread | None = None
+        self._pending: PendingSave | None = None
+        self._longest_save: float | None = None
         self._failed_in_a_row = 0
         self._last_error: BaseException | None = None
         self._saving = threading.RLock()
@@ -329,6 +356,12 @@ class Engine:
         """Waits for the notice of a signal that the main thread has heard already."""
         self._noticed.wait()
 
+    def _time_left(self) -> float:
+        """Seconds until the machine is gone, as far as is known."""
+        if self.notice is None or self.notice.deadline is None:
+            return math.inf
+        return self.notice.deadline - self._wall_clock()
+
     def _rescue(self) -> None:
         """Saves while the main thread hangs in a read that no signal interrupts."""
         if not self.waiting_for_data:
@@ -389,29 +422,36 @@ class Engine:
             due: Whether the policy called for it (and not only a best value).
 
         Raises:
+            DirectoryInUseError: If another process has taken the directory over.
             SaveFailedError: If more than `max_failed_saves` failed in a row.
         """
-        self.wait()
+        self._wait(self.options.save_timeout_seconds, until_notice=True)
+        if self.notice is not None:
+            return  # The emergency checkpoint goes first.
+        self._give_up_pending("has taken longer than save_timeout_seconds")
         self._check_failures()
         if due:
             self.policy.saved(progress)
         captured = capture()
         public = not self.options.save_best_only or measurement.improved
         job = self._job(captured, progress, reason, measurement, public and not captured.transient)
+        pending = PendingSave(progress.step, self.clock())
         if not self.options.background:
-            self._attempt(job, lambda: self._save_here(job, captured.leaves))
+            self._attempt(pending, job, lambda: self._save_here(job, captured.leaves))
             self._check_failures()
             return
         self._block.copy_in(captured.leaves)
         if self._block.fd is None:
-            work = lambda: self._save_here(job, self._block.arrays())  # noqa: E731
+            arrays = self._block.arrays()
+            work = lambda: self._save_here(job, arrays)  # noqa: E731
         else:
             self._start_writer()
-            work = lambda: self._save_there(job)  # noqa: E731
-        self._pending = threading.Thread(
-            target=self._attempt, args=(job, work), name="resilient-ckpt-save", daemon=True
+            work = lambda: self._save_there(pending, job)  # noqa: E731
+        pending.thread = threading.Thread(
+            target=self._attempt, args=(pending, job, work), name="resilient-ckpt-save", daemon=True
         )
-        self._pending.start()
+        self._pending = pending
+        pending.thread.start()
 
     def save_emergency(
         self, capture: Callable[[], Captured], progress: Progress, reason: str = "emergency"
@@ -427,7 +467,9 @@ class Engine:
             SaveFailedError: If it cannot be saved.
         """
         with self._saving:
-            self.wait()
+            usual = UNKNOWN_SAVE_SECONDS if self._longest_save is None else self._longest_save
+            self._wait(min(2 * usual + SLOW_SAVE_SECONDS, self._time_left() / 2))
+            self._give_up_pending("hangs; the emergency checkpoint does not wait for it")
             if self.is_committed(progress):
                 return
             captured = capture()
@@ -435,7 +477,8 @@ class Engine:
             public = not (options.save_best_only or options.save_weights_only or captured.transient)
             job = self._job(captured, progress, reason, Measurement(), public)
             try:
-                committed = self._save_here(job, captured.leaves)
+                self._lock.check()
+                committed = self._save_here(job, captured.leaves, emergency=True)
             except Exception as error:
                 raise SaveFailedError(
                     f"The {reason} checkpoint of step {progress.step} could not be saved "
@@ -466,10 +509,34 @@ class Engine:
 
     def wait(self) -> None:
         """Waits until the save under way has ended, well or badly."""
+        self._wait(None)
+
+    def _wait(self, seconds: float | None, until_notice: bool = False) -> None:
         pending = self._pending
-        if pending is not None and pending is not threading.current_thread():
-            pending.join()
-            self._pending = None
+        if pending is None or pending.thread is None:
+            return
+        if pending.thread is threading.current_thread():
+            return
+        began = self.clock()
+        while pending.thread.is_alive():
+            if seconds is not None and self.clock() - began >= seconds:
+                return
+            if until_notice and self.notice is not None:
+                return
+            pending.thread.join(_POLL_SECONDS)
+        self._pending = None
+
+    def _give_up_pending(self, why: str) -> None:
+        """Ends a save that is still under way, for another to take its place."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        pending.abandoned = True
+        error = TimeoutError(f"the save {why} ({self.clock() - pending.began:.0f} s)")
+        self._note_failure(pending.step, error)
+        if self._block.fd is None:
+            self._block = HostBlock()  # The thread goes on reading the old one.
+        self._writer.close()
 
     # Ending.
 
@@ -505,7 +572,8 @@ class Engine:
         Raises:
             SaveFailedError: If the newest state could not be saved.
         """
-        self.wait()
+        self._wait(self.options.save_timeout_seconds)
+        self._give_up_pending("has taken longer than save_timeout_seconds")
         error = self._last_error
         if error is None:
             self.run.phase += 1
@@ -528,7 +596,8 @@ class Engine:
             if self._timer is not threading.current_thread():
                 self._timer.join()
             self._timer = None
-        self.wait()
+        self._wait(self.options.save_timeout_seconds)
+        self._give_up_pending("has taken longer than save_timeout_seconds")
         self._writer.close()
         self._block.close()
         self._lock.release()
@@ -575,28 +644,42 @@ class Engine:
             targets.append(Target(Root.RESUME, progress.step, captured.trees))
         return SaveJob(tuple(targets), record, captured.weights)
 
-    def _attempt(self, job: SaveJob, save: Callable[[], list[Checkpoint]]) -> None:
-        step = job.targets[0].step
+    def _attempt(
+        self, pending: PendingSave, job: SaveJob, save: Callable[[], list[Checkpoint]]
+    ) -> None:
         try:
+            self._lock.check()
             committed = save()
         except Exception as error:  # noqa: BLE001 - logged, counted, raised at the end
-            self._last_error = error
-            self.failed_saves += 1
-            self._failed_in_a_row += 1
-            logger.error("Saving step %d failed (%d in all): %s", step, self.failed_saves, error)
+            if not pending.abandoned:  # else it is counted already
+                self._note_failure(pending.step, error)
         else:
+            taken = self.clock() - pending.began
+            self._longest_save = max(taken, self._longest_save or 0.0)
             self._note_commit(committed)
 
+    def _note_failure(self, step: int, error: BaseException) -> None:
+        self._last_error = error
+        self.failed_saves += 1
+        self._failed_in_a_row += 1
+        logger.error("Saving step %d failed (%d in all): %s", step, self.failed_saves, error)
+
     def _note_commit(self, committed: list[Checkpoint]) -> None:
-        self.committed = committed[-1]
-        self.run.step = max(self.run.step, self.committed.step)
+        newest = committed[-1]
+        self.store.verified.update(checkpoint.path for checkpoint in committed)
+        logger.info("Committed step %d (%s).", newest.step, newest.path)
+        if newest.metric is not None:
+            self._best.append(newest.metric)
+        if self.committed is not None and newest.order < self.committed.order:
+            return  # One that had been given up came through after all.
+        self.committed = newest
+        self.run.step = max(self.run.step, newest.step)
         self._failed_in_a_row = 0
         self._last_error = None
-        if self.committed.metric is not None:
-            self._best.append(self.committed.metric)
-        logger.info("Committed step %d (%s).", self.committed.step, self.committed.path)
 
     def _check_failures(self) -> None:
+        if isinstance(self._last_error, DirectoryInUseError):
+            raise self._last_error
         limit = self.options.max_failed_saves
         if limit is not None and self._failed_in_a_row > limit:
             raise SaveFailedError(
@@ -610,16 +693,24 @@ class Engine:
             if self._writer.pid is not None:
                 self._lock.add_writer(self._writer.pid)
 
-    def _save_here(self, job: SaveJob, leaves: Sequence[Any]) -> list[Checkpoint]:
+    def _save_here(
+        self, job: SaveJob, leaves: Sequence[Any], emergency: bool = False
+    ) -> list[Checkpoint]:
         arrays = [np.asarray(leaf) for leaf in leaves]
-        return self._retry.run(
-            lambda: self.store.save(job, arrays), f"Saving step {job.targets[0].step}"
-        )
 
-    def _save_there(self, job: SaveJob) -> list[Checkpoint]:
+        def time_left() -> float:
+            if emergency:
+                return self._time_left()
+            return math.inf if self.notice is None else 0.0
+
+        return self.store.save(job, arrays, time_left)
+
+    def _save_there(self, pending: PendingSave, job: SaveJob) -> list[Checkpoint]:
         try:
-            return self._writer.write(self.store, self._retry, job, self._block)
+            return self._writer.write(self.store, job, self._block)
         except WriterDiedError as error:
+            if pending.abandoned:
+                raise
             logger.warning("%s Saving from this process instead.", error)
             return self._save_here(job, self._block.arrays())
 

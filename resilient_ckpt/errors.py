@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 
 class ResilientCheckpointError(Exception):
@@ -44,6 +44,27 @@ class CheckpointMismatchError(ResilientCheckpointError, ValueError):
             "(keras.utils.clear_session() begins anew)."
         )
         super().__init__("\n".join(lines))
+
+
+class CheckpointDamagedError(ResilientCheckpointError):
+    """Files of a checkpoint are not what they were when it was committed.
+
+    Attributes:
+        faults: For each file, by its path within the checkpoint, what is wrong with it.
+    """
+
+    def __init__(self, checkpoint: str, faults: Mapping[str, str]) -> None:
+        self.checkpoint = checkpoint
+        self.faults = dict(faults)
+        listing = "; ".join(f"{path}: {fault}" for path, fault in self.faults.items())
+        super().__init__(f"Checkpoint {checkpoint} is damaged. {listing}")
+
+    def __reduce__(self) -> tuple[type, tuple[str, dict[str, str]]]:
+        return type(self), (self.checkpoint, self.faults)
+
+
+class CheckpointUnreadableError(ResilientCheckpointError):
+    """A checkpoint is intact, by its checksums, but cannot be read here."""
 
 
 class CheckpointsExistError(ResilientCheckpointError):

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from resilient_ckpt.record import Checkpoint, Root
 
-RESUME_CHECKPOINTS_KEPT = 2
-"""One to continue from, and an older one in case it does not restore."""
+FALLBACKS = 1
+"""How many checkpoints to continue from are kept besides the newest, in case that one does
+not verify when it is needed."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What is to be done with checkpoints.
+
+    Attributes:
+        delete: Those that nobody needs, oldest first.
+        set_back: Those that are no longer wanted among the public ones, but still to fall
+            back on.
+    """
+
+    delete: tuple[Checkpoint, ...] = ()
+    set_back: tuple[Checkpoint, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -25,32 +41,45 @@ class RetentionPolicy:
     keep_best: int = 0
     mode: str = "min"
 
-    def superfluous(self, checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:
-        """The checkpoints that may be deleted.
+    def sweep(
+        self,
+        checkpoints: Iterable[Checkpoint],
+        verified: Collection[Path] = (),
+        pinned: Collection[Path] = (),
+        fallbacks: int = FALLBACKS,
+    ) -> Sweep:
+        """Decides what to delete.
 
         One that holds NaN or Inf counts for nothing and is kept only while no finite one
-        is newer. The newest finite checkpoint that a run can continue from is never
-        superfluous.
+        is newer. The newest finite checkpoint that a run can continue from is always kept,
+        and so is the newest of these that is known to be good.
 
         Args:
             checkpoints: All that are there.
+            verified: Directories of those known to be good: written or verified by this
+                process.
+            pinned: Directories of those that are in use.
+            fallbacks: How many to continue from are kept besides the newest.
 
         Returns:
-            Those to delete, oldest first.
+            What to do.
         """
         ordered = sorted(checkpoints, key=lambda checkpoint: checkpoint.order)
         finite = [checkpoint for checkpoint in ordered if checkpoint.finite]
         public = [checkpoint for checkpoint in finite if checkpoint.root is Root.PUBLIC]
-        resume = [checkpoint for checkpoint in finite if checkpoint.root is Root.RESUME]
-        kept = set(public if self.max_to_keep is None else public[-self.max_to_keep :])
-        kept.update(resume[-RESUME_CHECKPOINTS_KEPT:])
-        kept.update(self._best(public))
         resumable = [checkpoint for checkpoint in finite if checkpoint.resumable]
-        kept.update(resumable[-1:])
-        kept.update(checkpoint for checkpoint in ordered[-1:] if not checkpoint.finite)
+        wanted = set(public if self.max_to_keep is None else public[-self.max_to_keep :])
+        wanted.update(self._best(public))
+        wanted.update(checkpoint for checkpoint in ordered[-1:] if not checkpoint.finite)
         if self.max_to_keep is None:
-            kept.update(c for c in ordered if c.root is Root.PUBLIC)
-        return [checkpoint for checkpoint in ordered if checkpoint not in kept]
+            wanted.update(c for c in ordered if c.root is Root.PUBLIC)
+        wanted.update(checkpoint for checkpoint in ordered if checkpoint.path in pinned)
+        needed = set(resumable[-1 - fallbacks :])
+        needed.update([c for c in resumable if c.path in verified][-1:])
+        return Sweep(
+            delete=tuple(c for c in ordered if c not in wanted and c not in needed),
+            set_back=tuple(c for c in ordered if c in needed - wanted and c.root is Root.PUBLIC),
+        )
 
     def _best(self, checkpoints: list[Checkpoint]) -> list[Checkpoint]:
         measured = [c for c in checkpoints if c.metric is not None]

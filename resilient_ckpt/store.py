@@ -2,13 +2,17 @@
 
 Built on the free functions of Orbax' v1 API (`save_checkpointables`,
 `load_checkpointables`); docs/design-notes.md says why not on its `Checkpointer`. A
-checkpoint is prepared under a hidden name and counts from the rename to its step on.
+checkpoint is prepared under a hidden name, with the checksums of all its files, and counts
+from the rename to its step on.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import functools
 import logging
+import math
 import os
 import shutil
 import time
@@ -20,9 +24,16 @@ from typing import Any
 import numpy as np
 import orbax.checkpoint
 
-from resilient_ckpt.errors import CheckpointNotFoundError
-from resilient_ckpt.record import Checkpoint, Root, read_record, write_record
-from resilient_ckpt.retention import RetentionPolicy
+from resilient_ckpt.durability import Durability, make_directory, sync, sync_tree
+from resilient_ckpt.errors import (
+    CheckpointDamagedError,
+    CheckpointNotFoundError,
+    CheckpointUnreadableError,
+)
+from resilient_ckpt.integrity import CHECKSUMS_NAME, verify, write_checksums
+from resilient_ckpt.record import RECORD_NAME, Checkpoint, Root, read_record, write_record
+from resilient_ckpt.retention import FALLBACKS, RetentionPolicy
+from resilient_ckpt.retry import RetryPolicy, is_out_of_space, is_transient
 
 logger = logging.getLogger(__name__)
 ocp = orbax.checkpoint.v1
@@ -79,18 +90,28 @@ class CheckpointStore:
     Args:
         directory: The run's directory, on a local or shared file system.
         retention: What to keep.
-        durable: Whether a commit waits until everything is on the disk (`fsync`).
+        durability: What a commit survives: `"power-loss"` (everything is synced to the disk
+            before and after the rename that commits) or `"process"`.
+        retry: How to treat storage errors that may pass.
+
+    Attributes:
+        verified: Directories of checkpoints written or verified by this process.
+        pinned: Directories of checkpoints that must stay for now.
     """
 
     def __init__(
         self,
         directory: str | os.PathLike[str],
         retention: RetentionPolicy | None = None,
-        durable: bool = True,
+        durability: Durability = "power-loss",
+        retry: RetryPolicy | None = None,
     ) -> None:
         self.directory = Path(directory).absolute()
         self.retention = retention if retention is not None else RetentionPolicy()
-        self.durable = durable
+        self.durability: Durability = durability
+        self.retry = retry if retry is not None else RetryPolicy()
+        self.verified: set[Path] = set()
+        self.pinned: set[Path] = set()
 
     def create(self) -> None:
         """Creates the directory.
@@ -100,7 +121,7 @@ class CheckpointStore:
         """
         probe = self.directory / f"{_STAGING}probe-{os.getpid()}"
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            make_directory(self.directory, self.durability)
             probe.write_bytes(b"")
             probe.unlink()
         except OSError as error:
@@ -130,8 +151,11 @@ class CheckpointStore:
     def checkpoints(self) -> list[Checkpoint]:
         """All committed checkpoints, in the order in which the run reached them.
 
-        One whose record cannot be read is listed without it, so that it can be judged,
-        and set aside, by trying to restore it.
+        One whose record cannot be understood is listed without it, so that it can be
+        judged, and set aside, by trying to restore it.
+
+        Raises:
+            OSError: If the directory, or a record, cannot be read.
         """
         found = []
         for root in Root:
@@ -140,31 +164,61 @@ class CheckpointStore:
                     continue
                 try:
                     record = read_record(path)
-                except (ValueError, OSError) as error:
+                except ValueError as error:
                     record = {"damaged": str(error)}
                 found.append(Checkpoint(int(path.name), root, path, record))
         return sorted(found, key=lambda checkpoint: checkpoint.order)
 
-    def save(self, job: SaveJob, arrays: Sequence[np.ndarray]) -> list[Checkpoint]:
+    def save(
+        self,
+        job: SaveJob,
+        arrays: Sequence[np.ndarray],
+        time_left: Callable[[], float] = lambda: math.inf,
+    ) -> list[Checkpoint]:
         """Writes and commits the checkpoints of a job, then deletes superfluous ones.
+
+        Errors that may pass are retried. On a full disk, everything that need not be kept
+        is deleted, and the save is tried once more.
 
         Args:
             job: What to write.
             arrays: The arrays that its trees point to.
+            time_left: Seconds after which no further attempt begins.
 
         Returns:
             The committed checkpoints.
+
+        Raises:
+            Exception: The error of the last attempt.
         """
-        record = {**job.record, "finite": all(_is_finite(arrays[index]) for index in job.weights)}
-        committed = [
-            self._save_target(target, {**record, "resumable": target.resumable}, arrays)
-            for target in job.targets
-        ]
-        self.prune()
+        record = {
+            **job.record,
+            "finite": all(_is_finite(arrays[index]) for index in job.weights),
+            "checksums": CHECKSUMS_NAME,
+        }
+        what = f"Saving step {job.targets[0].step}"
+        committed = []
+        for target in job.targets:
+            content = {**record, "resumable": target.resumable}
+            attempt = functools.partial(self._save_target, target, content, arrays)
+            try:
+                checkpoint = self.retry.run(attempt, what, time_left=time_left)
+            except Exception as error:
+                if not is_out_of_space(error) or not self._make_room():
+                    raise
+                logger.warning("%s: the disk is full; trying again with the room made.", what)
+                checkpoint = attempt()
+            committed.append(checkpoint)
+            self.verified.add(checkpoint.path)
+        try:
+            self.prune()
+        except OSError as error:
+            # The save itself is committed; the next one sweeps again.
+            logger.warning("Superfluous checkpoints could not be deleted: %s", error)
         return committed
 
     def load(self, checkpoint: Checkpoint, names: Sequence[str]) -> dict[str, Any]:
-        """Reads checkpointables.
+        """Verifies a checkpoint and reads checkpointables.
 
         Args:
             checkpoint: Which checkpoint.
@@ -174,22 +228,48 @@ class CheckpointStore:
             For each name its nested dictionary of arrays.
 
         Raises:
-            Exception: Whatever Orbax raises on damaged data.
+            CheckpointDamagedError: If it is not what was written; also if it has no
+                checksums and Orbax cannot read it.
+            CheckpointUnreadableError: If it is what was written, and cannot be read.
+            OSError: If the storage fails.
         """
-        with _context():
-            present = set(ocp.checkpointables_metadata(checkpoint.path).metadata)
-            wanted = {name: None for name in names if name in present}
-            return dict(ocp.load_checkpointables(checkpoint.path, wanted))
+        if "damaged" in checkpoint.record:
+            raise CheckpointDamagedError(
+                str(checkpoint.path), {RECORD_NAME: checkpoint.record["damaged"]}
+            )
+        summed = verify(checkpoint.path, required="checksums" in checkpoint.record)
+        if not summed:
+            logger.warning("%s carries no checksums: it is restored unverified.", checkpoint.path)
+        try:
+            with _context():
+                present = set(ocp.checkpointables_metadata(checkpoint.path).metadata)
+                wanted = {name: None for name in names if name in present}
+                loaded = dict(ocp.load_checkpointables(checkpoint.path, wanted))
+            if "pytree" in names and "pytree" not in loaded:
+                raise ValueError("it holds no arrays")
+        except Exception as error:
+            if is_transient(error):
+                raise
+            what = f"{type(error).__name__}: {error}"
+            if summed:
+                raise CheckpointUnreadableError(
+                    f"Checkpoint {checkpoint.path} is intact, but cannot be read: {what}"
+                ) from error
+            raise CheckpointDamagedError(str(checkpoint.path), {"(Orbax)": what}) from error
+        if summed:
+            self.verified.add(checkpoint.path)
+        return loaded
 
     def load_newest(
         self,
         names: Sequence[str],
         accept: Callable[[Checkpoint], bool] = lambda checkpoint: True,
     ) -> tuple[Checkpoint, dict[str, Any]] | None:
-        """Reads the newest checkpoint that restores and that a run can continue from.
+        """Reads the newest checkpoint that verifies and that a run can continue from.
 
-        A finite one goes before every one that holds NaN or Inf. What is newer than the
-        one taken is moved to quarantine, with the reason.
+        A finite one goes before every one that holds NaN or Inf. What is damaged, or newer
+        than the one taken, is moved to quarantine, with the reason. Storage errors that may
+        pass are retried.
 
         Args:
             names: The checkpointables to read.
@@ -199,25 +279,33 @@ class CheckpointStore:
             The checkpoint and what was read, or `None` if there is no checkpoint.
 
         Raises:
-            CheckpointNotFoundError: If there are checkpoints, but none restores.
+            CheckpointNotFoundError: If there are checkpoints, but none is good.
+            CheckpointUnreadableError: If the newest good one cannot be read here.
+            OSError: If the storage fails for good.
         """
-        candidates = [c for c in self.checkpoints() if accept(c) and c.resumable]
-        candidates.sort(key=lambda c: (c.finite, c.order), reverse=True)
+        found = self.retry.run(self.checkpoints, f"Reading {self.directory}")
+        candidates = [c for c in found if accept(c) and c.resumable]
+        # One without a readable record might be the newest; it is judged, and set aside, first.
+        candidates.sort(key=lambda c: ("damaged" in c.record, c.finite, c.order), reverse=True)
         faults: dict[Checkpoint, str] = {}
         for candidate in candidates:
             try:
-                if "damaged" in candidate.record:
-                    raise ValueError(candidate.record["damaged"])
-                loaded = self.load(candidate, names)
-                if "pytree" in names and "pytree" not in loaded:
-                    raise ValueError("it holds no arrays")
-            except Exception as error:  # noqa: BLE001 - kept, logged, and raised if none is left
-                faults[candidate] = f"{type(error).__name__}: {error}"
-                logger.warning("%s does not restore: %s", candidate.path, faults[candidate])
+                loaded = self.retry.run(
+                    functools.partial(self.load, candidate, names), f"Reading {candidate.path}"
+                )
+            except CheckpointDamagedError as error:
+                faults[candidate] = str(error)
+                logger.warning("%s", error)
+                continue
+            except OSError as error:
+                if error.errno != errno.EIO:
+                    raise
+                faults[candidate] = f"It cannot be read: {error}"  # a bad place on the disk
+                logger.warning("%s cannot be read: %s", candidate.path, error)
                 continue
             for other in candidates:
                 if other in faults:
-                    self.quarantine(other, f"It does not restore. {faults[other]}")
+                    self.quarantine(other, faults[other])
                 elif other.order > candidate.order:
                     self.quarantine(other, "It holds NaN or Inf; the run went on from before it.")
             if not candidate.finite:
@@ -227,7 +315,8 @@ class CheckpointStore:
             return None
         listing = "\n".join(f"  {c.path}: {fault}" for c, fault in faults.items())
         raise CheckpointNotFoundError(
-            f"None of the {len(faults)} checkpoints in {self.directory} restores:\n{listing}"
+            f"None of the {len(faults)} checkpoints in {self.directory} restores; nothing was "
+            f"changed:\n{listing}"
         )
 
     def quarantine(self, checkpoint: Checkpoint, why: str) -> None:
@@ -238,31 +327,85 @@ class CheckpointStore:
             why: The reason; it is written beside it.
         """
         folder = self.directory / QUARANTINE
-        folder.mkdir(exist_ok=True)
+        make_directory(folder, self.durability)
         target = folder / f"{checkpoint.step}-{time.time_ns()}"
         os.rename(checkpoint.path, target)
+        self.verified.discard(checkpoint.path)
         (target / WHY_NAME).write_text(f"{why}\n")
+        self._sync(folder, checkpoint.path.parent)
         logger.warning("Moved checkpoint %d to %s: %s", checkpoint.step, target, why)
 
-    def prune(self) -> None:
-        """Deletes what the retention policy calls superfluous.
+    def prune(self, fallbacks: int = FALLBACKS) -> int:
+        """Deletes what the retention policy does not keep.
 
-        A name is taken away in one rename, so a half-deleted checkpoint is never listed.
+        Args:
+            fallbacks: How many to continue from are kept besides the newest.
+
+        Returns:
+            How many checkpoints were deleted.
         """
-        for checkpoint in self.retention.superfluous(self.checkpoints()):
-            doomed = checkpoint.path.with_name(f"{_DELETING}{checkpoint.step}")
-            os.rename(checkpoint.path, doomed)
-            shutil.rmtree(doomed)
+        sweep = self.retention.sweep(self.checkpoints(), self.verified, self.pinned, fallbacks)
+        for checkpoint in sweep.set_back:
+            self._set_back(checkpoint)
+        for checkpoint in sweep.delete:
+            self._delete(checkpoint.path)
+        return len(sweep.delete)
+
+    def _set_back(self, checkpoint: Checkpoint) -> None:
+        folder = self.directory / Root.RESUME.value
+        make_directory(folder, self.durability)
+        target = folder / str(checkpoint.step)
+        if target.exists():  # the same step, taken earlier, in its validation
+            self._delete(target)
+        os.rename(checkpoint.path, target)
+        self._sync(folder, checkpoint.path.parent)
+        if checkpoint.path in self.verified:
+            self.verified.remove(checkpoint.path)
+            self.verified.add(target)
+
+    def _delete(self, path: Path) -> None:
+        """Takes the name away in one rename, so that a half-deleted checkpoint never counts."""
+        doomed = path.with_name(f"{_DELETING}{path.name}")
+        os.rename(path, doomed)
+        self.verified.discard(path)
+        # Else a power loss might bring the name back over half of the content.
+        self._sync(path.parent)
+        shutil.rmtree(doomed)
+
+    def _make_room(self) -> bool:
+        return self.prune(fallbacks=0) > 0
 
     def _save_target(
         self, target: Target, record: Mapping[str, Any], arrays: Sequence[np.ndarray]
     ) -> Checkpoint:
         folder = self.directory / target.root.value
-        folder.mkdir(parents=True, exist_ok=True)
+        make_directory(folder, self.durability)
+        # No other process' staging is touched: it may hang in there.
+        staging = folder / f"{_STAGING}{target.step}-{os.getpid()}"
+        try:
+            self._stage(staging, target, record, arrays)
+        except BaseException:
+            for leftover in folder.glob(f"{staging.name}*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            raise
         final = folder / str(target.step)
-        staging = folder / f"{_STAGING}{target.step}"
-        for leftover in folder.glob(f"{_STAGING}*"):
-            shutil.rmtree(leftover)
+        replaced = folder / f"{_REPLACED}{target.step}"
+        if final.exists():
+            # The same step, but further on: its epoch has ended meanwhile.
+            os.rename(final, replaced)
+        os.rename(staging, final)
+        self._sync(folder)
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(replaced)
+        return Checkpoint(target.step, target.root, final, dict(record))
+
+    def _stage(
+        self,
+        staging: Path,
+        target: Target,
+        record: Mapping[str, Any],
+        arrays: Sequence[np.ndarray],
+    ) -> None:
         checkpointables = {
             **{name: _fill(tree, arrays) for name, tree in target.trees.items()},
             **target.extras,
@@ -270,17 +413,14 @@ class CheckpointStore:
         with _context():
             ocp.save_checkpointables(staging, checkpointables)
         write_record(staging, record)
-        if self.durable:
-            _sync_tree(staging)
-        if final.exists():
-            # The same step, but further on: its epoch has ended meanwhile.
-            os.rename(final, folder / f"{_REPLACED}{target.step}")
-        os.rename(staging, final)
-        if self.durable:
-            _sync(folder)
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(folder / f"{_REPLACED}{target.step}")
-        return Checkpoint(target.step, target.root, final, dict(record))
+        write_checksums(staging)
+        if self.durability == "power-loss":
+            sync_tree(staging)
+
+    def _sync(self, *folders: Path) -> None:
+        if self.durability == "power-loss":
+            for folder in folders:
+                sync(folder)
 
     def _children(self, root: Root) -> list[Path]:
         folder = self.directory / root.value
@@ -312,18 +452,3 @@ def _is_finite(array: np.ndarray) -> bool:
         bool(np.isfinite(flat[start : start + _FINITE_CHUNK]).all())
         for start in range(0, flat.size, _FINITE_CHUNK)
     )
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sync_tree(directory: Path) -> None:
-    for folder, _, files in os.walk(directory):
-        for name in files:
-            _sync(Path(folder) / name)
-        _sync(Path(folder))

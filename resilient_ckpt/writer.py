@@ -8,6 +8,7 @@ The arrays reach it through shared memory, without a further copy.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import pickle
@@ -20,12 +21,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from resilient_ckpt.record import Checkpoint
-from resilient_ckpt.retry import RetryPolicy
 from resilient_ckpt.snapshot import HostBlock, LeafLayout
 from resilient_ckpt.store import CheckpointStore, SaveJob
 
 logger = logging.getLogger(__name__)
 
+_KILL_SECONDS = 5.0
 _HEADER = struct.Struct("!Q")
 # The child gets this process's import path through its standard input, since scripts may
 # have changed it. It gives its priority away first: its imports alone take two seconds of
@@ -50,7 +51,6 @@ class WriteRequest:
 
     Args:
         store: The store to write into.
-        retry: How to treat errors that may pass.
         job: What to write.
         layouts: Where the arrays lie in the shared block; `None` for where they lay in
             the previous request.
@@ -58,7 +58,6 @@ class WriteRequest:
     """
 
     store: CheckpointStore
-    retry: RetryPolicy
     job: SaveJob
     layouts: tuple[LeafLayout, ...] | None
     size: int
@@ -105,7 +104,7 @@ def _receive_exactly(connection: socket.socket, length: int) -> bytes:
 class ProcessWriter:
     """Starts the writer process when it is first needed and hands it one job at a time.
 
-    Not thread-safe: the engine never has two saves under way.
+    The engine never has two saves under way; only `close` may be called meanwhile.
     """
 
     def __init__(self) -> None:
@@ -145,14 +144,11 @@ class ProcessWriter:
         with self._process.stdin as pipe:
             pipe.write(pickle.dumps(sys.path))
 
-    def write(
-        self, store: CheckpointStore, retry: RetryPolicy, job: SaveJob, block: HostBlock
-    ) -> list[Checkpoint]:
+    def write(self, store: CheckpointStore, job: SaveJob, block: HostBlock) -> list[Checkpoint]:
         """Writes a job and waits for its commit.
 
         Args:
             store: The store to write into.
-            retry: How to treat errors that may pass.
             job: What to write.
             block: The block that the arrays were copied into; not to be changed meanwhile.
 
@@ -164,15 +160,17 @@ class ProcessWriter:
             Exception: What the save raised there.
         """
         self.start()
-        assert self._connection is not None
+        connection = self._connection
+        assert connection is not None
         layouts = tuple(block.layouts)
         same = layouts == self._layouts and block.fd == self._descriptor
-        request = WriteRequest(store, retry, job, None if same else layouts, block.size)
+        request = WriteRequest(store, job, None if same else layouts, block.size)
         try:
-            send_message(self._connection, request, None if same else block.fd)
-            answer, _ = receive_message(self._connection)
+            send_message(connection, request, None if same else block.fd)
+            answer, _ = receive_message(connection)
         except (EOFError, OSError) as error:
-            self.close()
+            if self._connection is connection:
+                self.close()
             raise WriterDiedError(f"The writer process died while saving: {error}") from error
         self._layouts, self._descriptor = layouts, block.fd
         if isinstance(answer, BaseException):
@@ -181,12 +179,18 @@ class ProcessWriter:
         return committed
 
     def close(self) -> None:
-        """Ends the process, which has nothing under way."""
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
+        """Ends the process, whatever it is doing."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            try:
+                process.wait(_KILL_SECONDS)
+            except subprocess.TimeoutExpired:  # stuck in the kernel, on dead storage
+                logger.warning("The writer process %d cannot be ended.", process.pid)
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with contextlib.suppress(OSError):
+                # Wakes a thread that waits for the answer, which closing does not.
+                connection.shutdown(socket.SHUT_RDWR)
+            connection.close()
         self._layouts = self._descriptor = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import mmap
 import os
@@ -47,10 +46,7 @@ def main(descriptor: int) -> None:
             arrays = views(memory, layouts)
         answer: object
         try:
-            answer = request.retry.run(
-                functools.partial(request.store.save, request.job, arrays),
-                f"Saving step {request.job.targets[0].step}",
-            )
+            answer = request.store.save(request.job, arrays)
         except Exception as error:  # noqa: BLE001 - raised again in the trainer
             answer = _portable(error)
         send_message(connection, answer)

@@ -79,7 +79,7 @@ class Script:
         callbacks = list(self.callbacks())
         photographer = None
         if directory is not None:
-            options = {"save_freq": 1, "save_on_background": False, "durable": False}
+            options = {"save_freq": 1, "save_on_background": False, "durability": "process"}
             checkpoint = ResilientCheckpoint(directory, **{**options, **self.options})
             if photos is not None:
                 photographer = Photographer(checkpoint, photos)

@@ -23,6 +23,7 @@ from resilient_ckpt import (
     ResilientCheckpoint,
     RetryPolicy,
     SaveFailedError,
+    store,
 )
 from resilient_ckpt.record import Root
 
@@ -37,7 +38,7 @@ def fit(directory, model=None, epochs=2, callbacks=(), **options):
         keras.utils.set_random_seed(5)
         model = small_model()
     x, y = numbers()
-    options = {"save_on_background": False, "durable": False, **options}
+    options = {"save_on_background": False, "durability": "process", **options}
     checkpoint = ResilientCheckpoint(directory, **options)
     history = model.fit(
         x, y, batch_size=4, epochs=epochs, verbose=0, callbacks=[*callbacks, checkpoint]
@@ -113,7 +114,7 @@ def test_a_directory_that_cannot_be_written_says_so_before_the_first_batch(tmp_p
 
 def test_resume_never_refuses_another_run(tmp_path):
     fit(tmp_path)
-    with pytest.raises(CheckpointsExistError, match=r'resume="never".*\[10\]'):
+    with pytest.raises(CheckpointsExistError, match=r'resume="never".*\[5, 10\]'):
         fit(tmp_path, resume="never")
     fit(tmp_path / "new", resume="never")
 
@@ -135,7 +136,7 @@ def test_resume_at_a_step_sets_the_later_ones_aside(tmp_path):
 
 def test_resume_at_a_step_that_is_not_there(tmp_path):
     fit(tmp_path)
-    with pytest.raises(CheckpointNotFoundError, match=r"resume=7.*holds \[10\]"):
+    with pytest.raises(CheckpointNotFoundError, match=r"resume=7.*holds \[5, 10\]"):
         fit(tmp_path, resume=7)
     assert steps(tmp_path) == [10]
 
@@ -283,7 +284,7 @@ def test_nan_is_not_resumed_from(tmp_path):
     fit(tmp_path, callbacks=callbacks, save_freq=1)
     store = CheckpointStore(tmp_path)
     finite = {c.step: c.finite for c in store.checkpoints()}
-    assert finite == {6: True, max(finite): False}
+    assert finite == {5: True, 6: True, max(finite): False}
     restart()
     model, history, _ = fit(tmp_path, save_freq=1)
     assert np.isfinite(np.concatenate([w.ravel() for w in model.get_weights()])).all()
@@ -304,15 +305,20 @@ def test_a_checkpoint_that_does_not_restore_is_set_aside(tmp_path, caplog):
         np.testing.assert_array_equal(a, b)
     aside = sorted(p.name.split("-")[0] for p in (tmp_path / "cut" / "quarantine").iterdir())
     assert aside == ["10", "9"]
-    assert any("does not restore" in r.message for r in caplog.records)
+    assert any("10 is damaged. pytree/_METADATA: " in r.message for r in caplog.records)
+    assert any("9 is damaged. resilient.json: " in r.message for r in caplog.records)
 
 
 def test_nothing_restores(tmp_path):
     fit(tmp_path)
-    (tmp_path / "10" / "resilient.json").write_text("{")
-    with pytest.raises(CheckpointNotFoundError, match="None of the 1 checkpoints"):
+    for path in tmp_path.rglob("resilient.json"):
+        path.write_text("{")
+    with pytest.raises(CheckpointNotFoundError, match="None of the 2 checkpoints") as caught:
         fit(tmp_path)
+    for name in ("10", "resume/5"):
+        assert f"{tmp_path / name} is damaged. resilient.json" in str(caught.value)
     assert steps(tmp_path) == [10]
+    assert not (tmp_path / "quarantine").exists()
 
 
 class FailingStore(CheckpointStore):
@@ -321,12 +327,12 @@ class FailingStore(CheckpointStore):
     failing: tuple[int, ...] = ()
     tried: tuple[int, ...] = ()
 
-    def save(self, job, arrays):
+    def save(self, job, arrays, time_left):
         step = job.targets[0].step
         type(self).tried += (step,)
         if step in self.failing:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return super().save(job, arrays)
+        return super().save(job, arrays, time_left)
 
 
 @pytest.fixture
@@ -371,20 +377,21 @@ def test_max_failed_saves(tmp_path, failing_store):
 
 def test_a_passing_error_is_retried(tmp_path, monkeypatch):
     calls = []
-    original = CheckpointStore.save
+    original = store.write_checksums
 
-    def flaky(self, job, arrays):
-        calls.append(job.targets[0].step)
+    def flaky(directory):
+        calls.append(directory.name)
         if len(calls) in (1, 2):
             raise OSError(errno.EIO, "Input/output error")
-        return original(self, job, arrays)
+        original(directory)
 
-    monkeypatch.setattr(CheckpointStore, "save", flaky)
+    monkeypatch.setattr(store, "write_checksums", flaky)
     retry = RetryPolicy(first_wait_seconds=0.001)
     _, _, checkpoint = fit(tmp_path, epochs=1, retry=retry)
-    assert calls == [5, 5, 5]
+    assert len(calls) == 3
     assert checkpoint.failed_saves == 0
     assert steps(tmp_path) == [5]
+    assert os.listdir(tmp_path) == ["5"]
 
 
 def test_the_writer_process_may_die(tmp_path, caplog):

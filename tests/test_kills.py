@@ -18,7 +18,7 @@ def undisturbed(tmp_path_factory):
 # which step each kill leaves.
 @pytest.mark.parametrize("batch", range(1, BATCHES + 1))
 def test_killed_after_every_batch(tmp_path, undisturbed, batch):
-    options = {"save_on_background": False, "durable": False}
+    options = {"save_on_background": False, "durability": "process"}
     with start(tmp_path, "--kill-after", batch, **options) as process:
         assert process.wait() == -9
     if batch > 1:

@@ -86,8 +86,9 @@ def steps(directory, root=Root.PUBLIC):
 @pytest.mark.parametrize("background", [True, False])
 def test_plain_keras_reads_the_newest(tmp_path, background):
     _, seen, _ = fit(tmp_path, save_on_background=background)
-    # Nothing else lies there but the one checkpoint.
-    assert os.listdir(tmp_path) == ["20"]
+    # Nothing else lies there but the one checkpoint, and the one to fall back on.
+    assert sorted(os.listdir(tmp_path)) == ["20", "resume"]
+    assert os.listdir(tmp_path / "resume") == ["15"]
     found = read_with_plain_keras(tmp_path)
     assert found == {
         "load_weights": digest(seen[-1]),

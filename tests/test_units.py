@@ -5,8 +5,10 @@ from __future__ import annotations
 import datetime
 import errno
 import json
+import logging
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,11 +25,11 @@ from resilient_ckpt.signals import NoticeKind, NoticeListener, SignalSource
 
 from resilient_ckpt import codec, rng
 from resilient_ckpt.errors import DirectoryInUseError
-from resilient_ckpt.lock import LOCK_NAME, DirectoryLock
+from resilient_ckpt.lock import LOCK_NAME, STALE_SECONDS, DirectoryLock
 from resilient_ckpt.policy import AllOf, EpochEnd, EveryBatches, EverySeconds, Progress, policy_from
 from resilient_ckpt.record import Checkpoint, Root
 from resilient_ckpt.retention import RetentionPolicy
-from resilient_ckpt.retry import RetryPolicy, is_transient
+from resilient_ckpt.retry import RetryPolicy, is_out_of_space, is_transient
 from resilient_ckpt.snapshot import HostBlock
 from resilient_ckpt.store import CheckpointStore, SaveJob, Target
 
@@ -108,25 +110,37 @@ checkpoints = st.lists(
 
 
 @given(
-    checkpoints, st.none() | st.integers(1, 4), st.integers(0, 3), st.sampled_from(["min", "max"])
+    checkpoints,
+    st.none() | st.integers(1, 4),
+    st.integers(0, 3),
+    st.sampled_from(["min", "max"]),
+    st.integers(0, 2),
+    st.data(),
 )
-def test_retention(found, max_to_keep, keep_best, mode):
+def test_retention(found, max_to_keep, keep_best, mode, fallbacks, data):
+    paths = [c.path for c in found]
+    verified = data.draw(st.sets(st.sampled_from(paths))) if paths else set()
+    pinned = data.draw(st.sets(st.sampled_from(paths))) if paths else set()
     policy = RetentionPolicy(max_to_keep, keep_best, mode)
-    gone = policy.superfluous(found)
-    kept = [checkpoint for checkpoint in found if checkpoint not in gone]
+    sweep = policy.sweep(found, verified, pinned, fallbacks)
+    kept = [checkpoint for checkpoint in found if checkpoint not in sweep.delete]
     good = [c for c in found if c.finite]
-    to_resume = [c for c in good if c.resumable]
-    if to_resume:
-        assert max(to_resume, key=lambda c: c.order) in kept
+    to_resume = sorted((c for c in good if c.resumable), key=lambda c: c.order)
+    assert set(to_resume[-1 - fallbacks :]) <= set(kept)
+    known_good = [c for c in to_resume if c.path in verified]
+    assert set(known_good[-1:]) <= set(kept)
+    in_place = [c for c in kept if c not in sweep.set_back]
+    assert {c for c in found if c.path in pinned} <= set(in_place)
     public = sorted((c for c in good if c.root is Root.PUBLIC), key=lambda c: c.order)
-    assert set(public if max_to_keep is None else public[-max_to_keep:]) <= set(kept)
+    assert set(public if max_to_keep is None else public[-max_to_keep:]) <= set(in_place)
     measured = [c.metric for c in public if c.metric is not None]
     best = sorted(measured, reverse=mode == "max")[:keep_best]
-    kept_metrics = [c.metric for c in kept if c.root is Root.PUBLIC and c.finite]
+    kept_metrics = [c.metric for c in in_place if c.root is Root.PUBLIC and c.finite]
     for value in best:
         assert value in kept_metrics
+    assert all(c.root is Root.PUBLIC for c in sweep.set_back)
     # What is kept stays kept: deciding again deletes nothing more.
-    assert policy.superfluous(kept) == []
+    assert policy.sweep(kept, verified, pinned, fallbacks).delete == ()
 
 
 # The codec.
@@ -213,6 +227,107 @@ def test_errors_are_judged_by_their_cause(number, transient):
     assert not is_transient(ValueError("no cause"))
 
 
+class ClientError(Exception):
+    """Like botocore's."""
+
+    def __init__(self, status, code=""):
+        self.response = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
+
+
+class HTTPClientError(Exception):
+    """The base of botocore's errors of connections."""
+
+
+class ReadTimeoutError(HTTPClientError):
+    pass
+
+
+def caused(outer: Exception, inner: Exception) -> Exception:
+    outer.__cause__ = inner
+    return outer
+
+
+def within(outer: Exception, inner: Exception) -> Exception:
+    outer.__context__ = inner
+    return outer
+
+
+TENSORSTORE = (
+    '{}: Error writing "a/c/0" in OCDBT database: Failed to write 13 bytes to file 17: '
+    "{} [os_error_code='{}']"
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "transient"),
+    [
+        (ValueError(TENSORSTORE.format("RESOURCE_EXHAUSTED", "No space left", 28)), False),
+        (ValueError(TENSORSTORE.format("UNKNOWN", "Input/output error", 5)), True),
+        (ValueError(TENSORSTORE.format("PERMISSION_DENIED", "Permission denied", 13)), False),
+        (ValueError("UNAVAILABLE: HTTP response code: 503"), True),
+        (ValueError("UNAVAILABLE: connection reset"), True),
+        (ValueError("INVALID_ARGUMENT: bad"), False),
+        (ClientError(503), True),
+        (ClientError(500), True),
+        (ClientError(429), True),
+        (ClientError(408), True),
+        (ClientError(400, "RequestTimeout"), True),
+        (ClientError(400, "ExpiredToken"), False),
+        (ClientError(403, "InvalidAccessKeyId"), False),
+        (ClientError(404, "NoSuchBucket"), False),
+        # s3fs makes EIO of what it does not know; the cause knows better.
+        (caused(OSError(errno.EIO, "?"), ClientError(400, "InvalidRequest")), False),
+        (caused(OSError(errno.EBUSY, "slow"), ClientError(503, "SlowDown")), True),
+        (ReadTimeoutError(), True),
+        (ConnectionResetError(), True),
+        (TimeoutError(), True),
+        (RuntimeError("bug"), False),
+        (within(RuntimeError("wrapped"), OSError(errno.EIO, "?")), True),
+        # What was going on when it failed is not why it failed.
+        (within(OSError(errno.EIO, "?"), FileNotFoundError(errno.ENOENT, "?")), True),
+        (within(OSError(errno.EACCES, "?"), OSError(errno.EIO, "?")), False),
+    ],
+)
+def test_errors_of_libraries_are_sorted_by_their_real_cause(error, transient):
+    assert is_transient(error) is transient
+
+
+def test_out_of_space():
+    assert is_out_of_space(ValueError(TENSORSTORE.format("X", "No space left", 28)))
+    assert is_out_of_space(caused(ValueError("x"), OSError(errno.EDQUOT, "quota")))
+    assert not is_out_of_space(OSError(errno.EIO, "?"))
+
+
+def flaky(failures):
+    left = [failures]
+
+    def attempt():
+        left[0] -= 1
+        if left[0] >= 0:
+            raise OSError(errno.ESTALE, "made to fail")
+        return "done"
+
+    return attempt
+
+
+def test_retries_wait_longer_and_longer_and_are_logged(caplog):
+    slept: list[float] = []
+    policy = RetryPolicy(first_wait_seconds=1, max_wait_seconds=8)
+    assert policy.run(flaky(5), "Trying", slept.append) == "done"
+    assert len(slept) == 5
+    for number, seconds in enumerate(slept):
+        assert 0 <= seconds <= min(8, 2**number)
+    assert [r.message for r in caplog.records if "Trying failed (attempt 5" in r.message]
+
+
+def test_retries_end_before_a_deadline():
+    slept: list[float] = []
+    left = iter([30.0, 20.0, 0.0])
+    with pytest.raises(OSError, match="made to fail"):
+        RetryPolicy().run(flaky(99), "Trying", slept.append, lambda: next(left))
+    assert len(slept) == 2
+
+
 def test_retries_end_with_the_last_error():
     slept: list[float] = []
     tried = []
@@ -256,11 +371,90 @@ def test_lock_with_a_number_that_is_used_again_is_stale(tmp_path):
     DirectoryLock(tmp_path).acquire()
 
 
-def test_lock_of_another_host_is_taken_over_with_a_warning(tmp_path, caplog):
-    owner = {"host": "elsewhere", "pid": 1, "processes": {"1": 12.5}}
-    (tmp_path / LOCK_NAME).write_text(json.dumps(owner))
-    DirectoryLock(tmp_path).acquire()
-    assert any("on host elsewhere" in record.message for record in caplog.records)
+def elsewhere(directory, age: float) -> Path:
+    path = directory / LOCK_NAME
+    owner = {"host": "elsewhere", "machine": "elsewhere", "pid": 1, "processes": {"1": 12.5}}
+    path.write_text(json.dumps({**owner, "token": "theirs"}))
+    set_age(path, age)
+    return path
+
+
+def set_age(path, seconds: float) -> None:
+    os.utime(path, (time.time() - seconds,) * 2)
+
+
+def test_a_lock_elsewhere_that_stands_still_is_taken_over_at_once_if_old(tmp_path, caplog):
+    elsewhere(tmp_path, age=STALE_SECONDS + 5)
+    lock = DirectoryLock(tmp_path, sleep=lambda seconds: pytest.fail("nothing to wait for"))
+    with caplog.at_level(logging.INFO, logger="resilient_ckpt"):
+        lock.acquire()
+    assert "on elsewhere, which is gone" in caplog.text
+    lock.release()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_lock_elsewhere_is_watched_until_it_is_old(tmp_path):
+    path = elsewhere(tmp_path, age=10)
+    slept = []
+    lock = DirectoryLock(tmp_path, sleep=slept.append)
+    began = path.stat().st_mtime
+    lock._now = lambda: began + 10 + sum(slept)  # type: ignore[method-assign]
+    lock.acquire()
+    assert sum(slept) == pytest.approx(STALE_SECONDS - 10, abs=1)
+
+
+def test_a_lock_elsewhere_whose_heart_beats_holds(tmp_path):
+    path = elsewhere(tmp_path, age=10)
+    lock = DirectoryLock(tmp_path, sleep=lambda seconds: set_age(path, 0))
+    with pytest.raises(DirectoryInUseError, match=r"process 1 on elsewhere.*renewed just now"):
+        lock.acquire()
+
+
+def test_a_lock_in_another_container_is_no_process_of_ours(tmp_path):
+    """The process number of a container says nothing in another one."""
+    theirs = DirectoryLock(tmp_path, machine="container A")
+    theirs.acquire()
+    ours = DirectoryLock(tmp_path, sleep=lambda s: set_age(tmp_path / LOCK_NAME, 0))
+    with pytest.raises(DirectoryInUseError, match="renewed just now"):
+        ours.acquire()
+    theirs.release()
+
+
+def test_a_lock_that_was_taken_over_meanwhile_stops_its_old_owner(tmp_path):
+    ours = DirectoryLock(tmp_path)
+    ours.acquire()
+    ours.check()
+    (tmp_path / LOCK_NAME).unlink()
+    elsewhere(tmp_path, age=0)
+    with pytest.raises(DirectoryInUseError, match="on elsewhere, which took over"):
+        ours.check()
+    ours.release()
+    assert (tmp_path / LOCK_NAME).exists()
+
+
+def test_a_lock_that_vanished_is_put_there_again(tmp_path):
+    directory = tmp_path / "run"
+    directory.mkdir()
+    lock = DirectoryLock(directory)
+    lock.acquire()
+    shutil.rmtree(directory)
+    lock.check()
+    assert (directory / LOCK_NAME).exists()
+    lock.release()
+
+
+def test_a_lock_without_hard_links(tmp_path, monkeypatch):
+    def link(*arguments):
+        raise OSError(errno.EOPNOTSUPP, "no links here")
+
+    monkeypatch.setattr(os, "link", link)
+    first, second = DirectoryLock(tmp_path), DirectoryLock(tmp_path)
+    first.acquire()
+    with pytest.raises(DirectoryInUseError):
+        second.acquire()
+    first.release()
+    second.acquire()
+    second.release()
 
 
 # Signals.
@@ -381,3 +575,17 @@ def test_a_store_of_non_finite_checkpoints_prefers_the_finite(tmp_path):
     assert found is not None
     assert found[0].step == 1
     assert [c.step for c in store.checkpoints()] == [1]
+
+
+def test_one_to_fall_back_on_is_kept_out_of_sight(tmp_path):
+    store = CheckpointStore(tmp_path, RetentionPolicy(1))
+    for step in (1, 2, 3):
+        store.save(job(step), [np.full(3, float(step))])
+    assert [(c.step, c.root) for c in store.checkpoints()] == [(2, Root.RESUME), (3, Root.PUBLIC)]
+    array = next(path for path in (tmp_path / "3").rglob("d/*") if path.stat().st_size > 100)
+    array.write_bytes(array.read_bytes()[:-1] + b"x")
+    found = CheckpointStore(tmp_path).load_newest(["pytree"])
+    assert found is not None
+    assert found[0].step == 2
+    np.testing.assert_array_equal(found[1]["pytree"]["a"]["w"], np.full(3, 2.0))
+    assert os.listdir(tmp_path / "quarantine")[0].startswith("3-")

@@ -26,28 +26,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-_CALLS = [
-    "open",
-    "openat",
-    "creat",
-    "close",
-    "write",
-    "writev",
-    "pwrite64",
-    "fsync",
-    "fdatasync",
-    "ftruncate",
-    "rename",
-    "renameat",
-    "renameat2",
-    "unlink",
-    "unlinkat",
-    "mkdir",
-    "mkdirat",
-    "rmdir",
-    "link",
-    "linkat",
-]
+_CALLS = (
+    "open,openat,creat,close,write,writev,pwrite64,fsync,fdatasync,ftruncate,rename,renameat,"
+    "renameat2,unlink,unlinkat,mkdir,mkdirat,rmdir,link,linkat"
+)
 _UNFINISHED = re.compile(r"^(\d+) +(.*) <unfinished \.\.\.>$")
 _RESUMED = re.compile(r"^(\d+) +<\.\.\. \w+ resumed>(.*)$")
 _CALL = re.compile(r"^\d+ +(\w+)\((.*)\) += (-?\d+)")
@@ -99,7 +81,7 @@ def record(command: Sequence[str], directory: Path, marks: Path) -> list[Operati
         log = Path(temporary) / "strace"
         tracer = ["strace", "-f", "-y", "-xx", "-s", str(_LONGEST_WRITE), "-o", str(log)]
         done = subprocess.run(
-            [*tracer, "-e", f"trace={','.join(_CALLS)}", *command], capture_output=True, text=True
+            [*tracer, "-e", f"trace={_CALLS}", *command], capture_output=True, text=True
         )
         if done.returncode != 0:
             raise RuntimeError(f"The program failed: {done.stderr}")

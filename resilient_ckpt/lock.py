@@ -26,6 +26,9 @@ HEARTBEAT_SECONDS = 5.0
 STALE_SECONDS = 30.0
 """A lock of another machine whose heart has not beaten for so long is taken over."""
 
+_held_tokens: set[str] = set()
+"""Of the locks that this process holds."""
+
 _PATIENCE_SECONDS = 5.0
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 _CLOCK_TOLERANCE_SECONDS = 2.0
@@ -85,7 +88,7 @@ class DirectoryLock:
                 self._remove_stale(owner)
                 continue
             alive = _alive_processes(owner)
-            if not alive:
+            if not alive or (owner.get("pid") == os.getpid() and self._is_forgotten(owner)):
                 self._remove_stale(owner)
                 continue
             if owner.get("pid") in alive or waited >= _PATIENCE_SECONDS:
@@ -93,6 +96,7 @@ class DirectoryLock:
             self._sleep(0.05)
             waited += 0.05
         self.held = True
+        _held_tokens.add(self._token)
         self._stopping.clear()
         self._heart = threading.Thread(target=self._beat, name="resilient-ckpt-lock", daemon=True)
         self._heart.start()
@@ -136,9 +140,14 @@ class DirectoryLock:
         if self._heart is not None:
             self._heart.join()
             self._heart = None
-        if self._is_ours():
-            self._path.unlink(missing_ok=True)
+        try:
+            if self._is_ours():
+                self._path.unlink(missing_ok=True)
+        except OSError as error:
+            # It will be found stale: this process is gone by then, or says so itself.
+            logger.warning("The lock %s cannot be removed: %s", self._path, error)
         self.held = False
+        _held_tokens.discard(self._token)
         self._writers.clear()
 
     def _beat(self) -> None:
@@ -148,6 +157,10 @@ class DirectoryLock:
                     os.utime(self._path)
             except OSError as error:
                 logger.warning("The lock %s cannot be renewed: %s", self._path, error)
+
+    def _is_forgotten(self, owner: Mapping[str, Any]) -> bool:
+        """Whether this process left it behind, unable to remove it."""
+        return owner.get("token") not in _held_tokens
 
     def _is_ours(self) -> bool:
         return self._read().get("token") == self._token

@@ -382,22 +382,30 @@ class CheckpointStore:
         make_directory(folder, self.durability)
         # No other process' staging is touched: it may hang in there.
         staging = folder / f"{_STAGING}{target.step}-{os.getpid()}"
+        final = folder / str(target.step)
         try:
             self._stage(staging, target, record, arrays)
+            self._commit(staging, final)
         except BaseException:
             for leftover in folder.glob(f"{staging.name}*"):
                 shutil.rmtree(leftover, ignore_errors=True)
             raise
-        final = folder / str(target.step)
-        replaced = folder / f"{_REPLACED}{target.step}"
+        return Checkpoint(target.step, target.root, final, dict(record))
+
+    def _commit(self, staging: Path, final: Path) -> None:
+        replaced = final.with_name(f"{_REPLACED}{final.name}")
         if final.exists():
             # The same step, but further on: its epoch has ended meanwhile.
             os.rename(final, replaced)
-        os.rename(staging, final)
-        self._sync(folder)
+        try:
+            os.rename(staging, final)
+        except BaseException:
+            if replaced.exists():
+                os.rename(replaced, final)
+            raise
+        self._sync(final.parent)
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(replaced)
-        return Checkpoint(target.step, target.root, final, dict(record))
 
     def _stage(
         self,
@@ -410,6 +418,10 @@ class CheckpointStore:
             **{name: _fill(tree, arrays) for name, tree in target.trees.items()},
             **target.extras,
         }
+        # Where the directory cannot be made, threads of Orbax wait for it for minutes, also
+        # beyond the end of the script; so that is tried first.
+        staging.mkdir()
+        staging.rmdir()
         with _context():
             ocp.save_checkpointables(staging, checkpointables)
         write_record(staging, record)

@@ -18,6 +18,7 @@ from keras.src.callbacks.monitor_callback import MonitorCallback
 from resilient_ckpt.durability import DURABILITIES, Durability
 from resilient_ckpt.engine import Engine, EngineOptions, Measurement
 from resilient_ckpt.fit_call import find_callback_list, find_fit
+from resilient_ckpt.mirror import Mirror
 from resilient_ckpt.policy import SavePolicy, policy_from
 from resilient_ckpt.record import Root
 from resilient_ckpt.retention import RetentionPolicy
@@ -89,6 +90,9 @@ class ResilientCheckpoint(MonitorCallback):  # type: ignore[misc]  # Keras is un
         save_timeout_seconds: A save under way that has taken so long when the next one is
             due, as on a file system that hangs, counts as failed, and its writer is ended;
             `None` waits for ever.
+        mirror: Where committed checkpoints are copied to while training goes on: any URL of
+            fsspec, such as `"s3://bucket/run"`, or a `Mirror` with a retention of its own. A
+            run that finds nothing newer in `directory` continues from there.
 
     Raises:
         TypeError: If an argument is of a wrong type.
@@ -121,6 +125,7 @@ class ResilientCheckpoint(MonitorCallback):  # type: ignore[misc]  # Keras is un
         retry: RetryPolicy | None = None,
         max_failed_saves: int | None = None,
         save_timeout_seconds: float | None = 1800.0,
+        mirror: str | Mirror | None = None,
     ) -> None:
         if keras.backend.backend() != "jax":
             raise ValueError(
@@ -159,6 +164,8 @@ class ResilientCheckpoint(MonitorCallback):  # type: ignore[misc]  # Keras is un
         _check_seconds("save_timeout_seconds", save_timeout_seconds)
         if retry is not None and not isinstance(retry, RetryPolicy):
             raise TypeError(f"`retry` must be a RetryPolicy, got {retry!r}.")
+        if mirror is not None and not isinstance(mirror, str | Mirror):
+            raise TypeError(f"`mirror` must be a URL, a Mirror or None, got {mirror!r}.")
         for name, value in (
             ("save_best_only", save_best_only),
             ("save_on_background", save_on_background),
@@ -176,6 +183,9 @@ class ResilientCheckpoint(MonitorCallback):  # type: ignore[misc]  # Keras is un
         self.save_weights_only = save_weights_only
         self.keep_best = keep_best
         self._policy: SavePolicy = policy_from(save_freq)
+        # Made here once, so that a bad URL is an error now.
+        self._mirror = Mirror(mirror, retry=retry) if isinstance(mirror, str) else mirror
+        self._mirror_like_store = isinstance(mirror, str)
         self._retry = retry
         self._durability: Durability = durability
         self._options = EngineOptions(
@@ -199,6 +209,11 @@ class ResilientCheckpoint(MonitorCallback):  # type: ignore[misc]  # Keras is un
     def failed_saves(self) -> int:
         """How many saves have failed in the running, or last, `fit`."""
         return self._engine.failed_saves if self._engine is not None else 0
+
+    @property
+    def failed_uploads(self) -> int:
+        """How many uploads to the mirror have failed in the running, or last, `fit`."""
+        return self._engine.failed_uploads if self._engine is not None else 0
 
     @property
     def latest_step(self) -> int | None:
@@ -257,7 +272,9 @@ class ResilientCheckpoint(MonitorCallback):  # type: ignore[misc]  # Keras is un
         options = dataclasses.replace(self._options, mode="max" if larger_is_better else "min")
         retention = RetentionPolicy(self.max_to_keep, self.keep_best, options.mode)
         store = CheckpointStore(self.directory, retention, self._durability, self._retry)
-        self._engine = Engine(store, self._policy, options)
+        if self._mirror is not None and self._mirror_like_store:
+            self._mirror.retention = retention
+        self._engine = Engine(store, self._policy, options, self._mirror)
         others = [c for c in callback_list.callbacks if not isinstance(c, _First) and c is not self]
         session = FitSession(
             self._engine,

@@ -10,23 +10,19 @@ import signal
 import sys
 import threading
 import time
-import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from resilient_ckpt.errors import (
-    CheckpointNotFoundError,
-    CheckpointsExistError,
-    DirectoryInUseError,
-    Preempted,
-    SaveFailedError,
-)
+from resilient_ckpt.child import ChildDiedError
+from resilient_ckpt.errors import DirectoryInUseError, Preempted, SaveFailedError
 from resilient_ckpt.lock import DirectoryLock
+from resilient_ckpt.mirror import Mirror
 from resilient_ckpt.policy import Progress, SavePolicy
 from resilient_ckpt.record import Checkpoint, Root
+from resilient_ckpt.resume import ProcessRun, ResumePoint, ResumeSearch
 from resilient_ckpt.signals import (
     NoticeKind,
     NoticeListener,
@@ -35,7 +31,8 @@ from resilient_ckpt.signals import (
 )
 from resilient_ckpt.snapshot import HostBlock
 from resilient_ckpt.store import CheckpointStore, SaveJob, Target
-from resilient_ckpt.writer import ProcessWriter, WriterDiedError
+from resilient_ckpt.uploads import Uploads
+from resilient_ckpt.writer import ProcessWriter
 
 logger = logging.getLogger(__name__)
 
@@ -49,11 +46,18 @@ SLOW_SAVE_SECONDS = 5.0
 UNKNOWN_SAVE_SECONDS = 30.0
 """How long a save is expected to take before one was seen."""
 
+UNKNOWN_GRACE_SECONDS = 20.0
+"""How long the mirror is waited for after a notice that names no deadline."""
+
+MIRROR_MARGIN_SECONDS = 2.0
+"""How long before the deadline the mirror is not waited for any more."""
+
 LEAVE_AFTER_SECONDS = 3.0
 """How long it may go on waiting after that save before the process is ended under it."""
 
 
 _POLL_SECONDS = 0.05
+_MIRROR_REPORT_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -145,32 +149,6 @@ class PendingSave:
     abandoned: bool = False
 
 
-@dataclass
-class ProcessRun:
-    """What this process knows of the run in a directory, over several calls of `fit`."""
-
-    run_id: str
-    phase: int = 0
-    step: int = 0
-    histories: list[Any] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class ResumePoint:
-    """Where a run continues.
-
-    Attributes:
-        checkpoint: The checkpoint.
-        trees: Its arrays, by checkpointable.
-    """
-
-    checkpoint: Checkpoint
-    trees: Mapping[str, Any]
-
-
-_process_runs: dict[str, ProcessRun] = {}
-
-
 class MainThreadWait(BaseException):
     """Raised in the main thread, by the signal handler, to end a wait for data."""
 
@@ -194,12 +172,15 @@ class Engine:
         store: CheckpointStore,
         policy: SavePolicy,
         options: EngineOptions,
+        mirror: Mirror | None = None,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self.store = store
         self.policy = policy
         self.options = options
+        self.mirror = mirror
+        self._uploads = Uploads(mirror, store) if mirror is not None else None
         self.notice: PreemptionNotice | None = None
         self._noticed = threading.Event()
         self.failed_saves = 0
@@ -223,7 +204,7 @@ class Engine:
         self._interrupts = 0
         self._begun_at: tuple[int, int, int] | None = None
         self._best: list[float] = []
-        self.run = ProcessRun(uuid.uuid4().hex)
+        self.run = ProcessRun()
 
     # Opening.
 
@@ -248,58 +229,19 @@ class Engine:
         self._lock.acquire()
         try:
             self.store.clean()
-            point = self._find()
+            search = ResumeSearch(self.store, self.mirror, self.options.resume)
+            self.run, point = search.find(names)
         except BaseException:
             self._lock.release()
             raise
         self._best = [c.metric for c in self.store.checkpoints() if c.metric is not None]
         if point is not None:
+            if self._uploads is not None:
+                # An upload that the last process on this disk left half done.
+                self._uploads.submit([point.checkpoint])
             self.committed = point.checkpoint
             self.run.step = max(self.run.step, point.checkpoint.step)
         return point
-
-    def _find(self) -> ResumePoint | None:
-        key = str(self.store.directory.resolve())
-        known = _process_runs.get(key)
-        existing = self.store.checkpoints()
-        ours = known is not None and all(
-            c.record.get("run", known.run_id) == known.run_id for c in existing
-        )
-        if existing and self.options.resume == "never" and not ours:
-            raise CheckpointsExistError(
-                f'resume="never", but {self.store.directory} holds checkpoints of another run: '
-                f"steps {[c.step for c in existing]}. Choose another directory, or "
-                'resume="auto" to continue that run.'
-            )
-        step = self.options.resume
-        if not isinstance(step, str):
-            self._rewind_to(step, existing)
-        found = self.store.load_newest(["pytree", "callbacks"])
-        if found is None:
-            # Without checkpoints the directory was emptied, or nothing was saved: a new run.
-            self.run = _process_runs[key] = ProcessRun(uuid.uuid4().hex)
-            return None
-        point = ResumePoint(*found)
-        run_id = point.checkpoint.record.get("run", uuid.uuid4().hex)
-        if known is None or known.run_id != run_id:
-            known = _process_runs[key] = ProcessRun(run_id)
-        self.run = known
-        return point
-
-    def _rewind_to(self, step: int, existing: Sequence[Checkpoint]) -> None:
-        resumable = [c for c in existing if c.resumable]
-        newest = resumable[-1] if resumable else None
-        if newest is not None and newest.record.get("resume_request") == step:
-            return  # A restart of a run that had gone back to this step: it goes on.
-        chosen = [c for c in resumable if c.step == step]
-        if not chosen:
-            raise CheckpointNotFoundError(
-                f"resume={step}, but {self.store.directory} holds no checkpoint of that step to "
-                f"continue from; it holds {[c.step for c in resumable]}."
-            )
-        for checkpoint in existing:
-            if checkpoint.order > chosen[-1].order:
-                self.store.quarantine(checkpoint, f"The run was taken back to step {step}.")
 
     # Running.
 
@@ -385,6 +327,7 @@ class Engine:
             logger.warning("The main thread hangs in its data source; the process stays.")
             return
         logger.warning("The main thread hangs in its data source; ending the process.")
+        self.mirror_in_time()
         self._writer.close()
         self._lock.release()
         for stream in (sys.stdout, sys.stderr):
@@ -396,6 +339,11 @@ class Engine:
     def wall_now(self) -> float:
         """The time, in seconds since the epoch."""
         return self._wall_clock()
+
+    @property
+    def failed_uploads(self) -> int:
+        """How many uploads to the mirror have failed."""
+        return self._uploads.failed if self._uploads is not None else 0
 
     def due(self, progress: Progress) -> bool:
         """Whether the policy wants a save now."""
@@ -485,6 +433,8 @@ class Engine:
                     f"({type(error).__name__}: {error}). {self._newest()}"
                 ) from error
             self._note_commit(committed)
+            if self._uploads is not None:
+                self._uploads.submit_first(committed)
 
     def is_committed(self, progress: Progress) -> bool:
         """Whether this moment needs no save: it is committed, or nothing was run yet."""
@@ -540,6 +490,24 @@ class Engine:
 
     # Ending.
 
+    def mirror_in_time(self) -> None:
+        """Waits for the mirror, after an emergency checkpoint, as long as the grace allows.
+
+        What is left is finished by the next process on this disk.
+        """
+        notice, committed = self.notice, self.committed
+        if self._uploads is None or committed is None:
+            return
+        if notice is not None and notice.kind is NoticeKind.INTERRUPT:
+            return  # Nobody takes the machine away; nor is anybody to be kept waiting.
+        left = self._time_left() - MIRROR_MARGIN_SECONDS
+        if not self._uploads.wait(UNKNOWN_GRACE_SECONDS if math.isinf(left) else max(0.0, left)):
+            logger.warning(
+                "The time is too short for the mirror: step %d is committed in %s only.",
+                committed.step,
+                self.store.directory,
+            )
+
     def leave(self) -> BaseException | None:
         """What to raise after the emergency checkpoint.
 
@@ -575,6 +543,7 @@ class Engine:
         self._wait(self.options.save_timeout_seconds)
         self._give_up_pending("has taken longer than save_timeout_seconds")
         error = self._last_error
+        mirrored = self._finish_mirror()
         if error is None:
             self.run.phase += 1
             self.run.histories.append(history)
@@ -584,6 +553,23 @@ class Engine:
                 f"The last checkpoint could not be saved ({type(error).__name__}: {error}). "
                 f"{self._newest()}"
             ) from error
+        if mirrored is not None:
+            raise SaveFailedError(
+                f"The last checkpoint could not be mirrored ({type(mirrored).__name__}: "
+                f"{mirrored}); {self._newest()}"
+            ) from mirrored
+
+    def _finish_mirror(self) -> BaseException | None:
+        """Uploads all that is kept, the newest last, and gives the error of that, if any."""
+        uploads = self._uploads
+        if uploads is None:
+            return None
+        kept = self.store.checkpoints()
+        if kept:
+            uploads.submit(kept)
+        while not uploads.wait(_MIRROR_REPORT_SECONDS):
+            logger.info("Waiting for the mirror.")
+        return uploads.last_error
 
     def close(self) -> None:
         """Finishes the save under way and puts everything back. May be called twice."""
@@ -598,6 +584,8 @@ class Engine:
             self._timer = None
         self._wait(self.options.save_timeout_seconds)
         self._give_up_pending("has taken longer than save_timeout_seconds")
+        if self._uploads is not None:
+            self._uploads.close()
         self._writer.close()
         self._block.close()
         self._lock.release()
@@ -676,6 +664,8 @@ class Engine:
         self.run.step = max(self.run.step, newest.step)
         self._failed_in_a_row = 0
         self._last_error = None
+        if self._uploads is not None:
+            self._uploads.submit(committed)
 
     def _check_failures(self) -> None:
         if isinstance(self._last_error, DirectoryInUseError):
@@ -708,7 +698,7 @@ class Engine:
     def _save_there(self, pending: PendingSave, job: SaveJob) -> list[Checkpoint]:
         try:
             return self._writer.write(self.store, job, self._block)
-        except WriterDiedError as error:
+        except ChildDiedError as error:
             if pending.abandoned:
                 raise
             logger.warning("%s Saving from this process instead.", error)

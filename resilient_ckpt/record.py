@@ -12,6 +12,12 @@ from typing import Any
 RECORD_NAME = "resilient.json"
 RECORD_FORMAT = 1
 
+QUARANTINE = "quarantine"
+"""The folder for checkpoints that are set aside, for a person to look at."""
+
+WHY_NAME = "why.txt"
+"""The file in there that says why."""
+
 
 class Root(enum.Enum):
     """Where in the run's directory a checkpoint lies."""
@@ -90,14 +96,30 @@ def read_record(directory: Path) -> dict[str, Any]:
     """
     path = directory / RECORD_NAME
     try:
-        text = path.read_text()
+        raw = path.read_bytes()
     except FileNotFoundError:
         return {}
+    return parse_record(raw, str(path))
+
+
+def parse_record(raw: bytes, where: str) -> dict[str, Any]:
+    """Takes the content of a `resilient.json` apart.
+
+    Args:
+        raw: The content.
+        where: Where it was found, for messages.
+
+    Returns:
+        The record.
+
+    Raises:
+        ValueError: If it cannot be understood, or is of a newer format.
+    """
     try:
-        record = json.loads(text)
+        record = json.loads(raw)
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise ValueError(f"{where} is damaged: {error}") from error
     if not isinstance(record, dict) or record.get("format") != RECORD_FORMAT:
         found = record.get("format") if isinstance(record, dict) else record
-        raise ValueError(f"{path} is of format {found!r}; this version reads {RECORD_FORMAT}.")
+        raise ValueError(f"{where} is of format {found!r}; this version reads {RECORD_FORMAT}.")
     return record

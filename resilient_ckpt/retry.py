@@ -55,13 +55,14 @@ _TRANSIENT_CODES = frozenset(
     }
 )
 
-# What HTTP libraries raise when a connection fails, by name, since none of them need be
+# What HTTP libraries raise when a connection fails, or brings damaged content, by name, since none of them need be
 # installed: botocore, aiohttp, requests, urllib3, httpx, azure-core, fsspec.
 _CONNECTION_ERRORS = frozenset(
     {
         "ClientConnectionError",
         "ClientPayloadError",
         "FSTimeoutError",
+        "FlexibleChecksumError",
         "HTTPClientError",
         "HTTPException",
         "IncompleteReadError",
@@ -162,6 +163,14 @@ def _transience(error: BaseException) -> bool | None:
     return True if _TRANSIENT_STATUS.match(str(error)) else None
 
 
+class _OutOfTime(tenacity.stop.stop_base):
+    def __init__(self, time_left: Callable[[], float]) -> None:
+        self._time_left = time_left
+
+    def __call__(self, retry_state: tenacity.RetryCallState) -> bool:
+        return retry_state.upcoming_sleep >= self._time_left()
+
+
 @dataclass(frozen=True)
 class RetryPolicy:
     """Exponential back-off with jitter, within a time budget.
@@ -218,15 +227,12 @@ class RetryPolicy:
                 state.outcome.exception(),
             )
 
-        def out_of_time(state: tenacity.RetryCallState) -> bool:
-            return state.upcoming_sleep >= time_left()
-
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception(is_transient),
             wait=tenacity.wait_random_exponential(
                 multiplier=self.first_wait_seconds, max=self.max_wait_seconds
             ),
-            stop=tenacity.stop_any(tenacity.stop_before_delay(self.budget_seconds), out_of_time),
+            stop=tenacity.stop_before_delay(self.budget_seconds) | _OutOfTime(time_left),
             before_sleep=log,
             reraise=True,
             sleep=sleep,

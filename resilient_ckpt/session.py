@@ -16,12 +16,13 @@ import numpy as np
 from keras.src.saving import saving_lib
 
 from resilient_ckpt import callback_states
-from resilient_ckpt.engine import Captured, Engine, MainThreadWait, Measurement, ResumePoint
+from resilient_ckpt.engine import Captured, Engine, MainThreadWait, Measurement
 from resilient_ckpt.errors import CheckpointMismatchError
 from resilient_ckpt.fit_call import FitCall
 from resilient_ckpt.patches import Patches
 from resilient_ckpt.policy import Progress
 from resilient_ckpt.position import DataPosition, ValidationDraws
+from resilient_ckpt.resume import ResumePoint
 from resilient_ckpt.state import WEIGHTS, TrainState
 
 logger = logging.getLogger(__name__)
@@ -404,6 +405,7 @@ class FitSession:
         engine = self._engine
         try:
             engine.save_emergency(capture, self._progress())
+            engine.mirror_in_time()
             error = engine.leave()
         except BaseException:
             self.close()
@@ -434,6 +436,8 @@ class FitSession:
         reason = "interrupt" if isinstance(error, KeyboardInterrupt) else "exception"
         try:
             engine.save_emergency(self._capture, self._progress(), reason)
+            if reason != "interrupt":
+                engine.mirror_in_time()
         except Exception:
             # The exception on its way out matters more than this one.
             logger.exception("The state at the exception could not be saved.")

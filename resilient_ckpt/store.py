@@ -31,15 +31,21 @@ from resilient_ckpt.errors import (
     CheckpointUnreadableError,
 )
 from resilient_ckpt.integrity import CHECKSUMS_NAME, verify, write_checksums
-from resilient_ckpt.record import RECORD_NAME, Checkpoint, Root, read_record, write_record
+from resilient_ckpt.record import (
+    QUARANTINE,
+    RECORD_NAME,
+    WHY_NAME,
+    Checkpoint,
+    Root,
+    read_record,
+    write_record,
+)
 from resilient_ckpt.retention import FALLBACKS, RetentionPolicy
 from resilient_ckpt.retry import RetryPolicy, is_out_of_space, is_transient
 
 logger = logging.getLogger(__name__)
 ocp = orbax.checkpoint.v1
 
-QUARANTINE = "quarantine"
-WHY_NAME = "why.txt"
 _STAGING = ".saving-"
 _DELETING = ".deleting-"
 _REPLACED = ".replaced-"
@@ -318,6 +324,33 @@ class CheckpointStore:
             f"None of the {len(faults)} checkpoints in {self.directory} restores; nothing was "
             f"changed:\n{listing}"
         )
+
+    def adopt(self, fetch: Callable[[Path], None], root: Root, step: int) -> None:
+        """Takes a checkpoint in from elsewhere; one in its place is set aside.
+
+        Args:
+            fetch: Puts its files into the directory it is given, which is not there yet.
+            root: Where it is to lie.
+            step: Its step.
+
+        Raises:
+            CheckpointDamagedError: If what came is damaged.
+        """
+        folder = self.directory / root.value
+        make_directory(folder, self.durability)
+        staging = folder / f"{_STAGING}{step}-{os.getpid()}"
+        try:
+            fetch(staging)
+            verify(staging)
+            if self.durability == "power-loss":
+                sync_tree(staging)
+            final = folder / str(step)
+            if final.exists():
+                self.quarantine(Checkpoint(step, root, final), "Another one takes its place.")
+            self._commit(staging, final)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
 
     def quarantine(self, checkpoint: Checkpoint, why: str) -> None:
         """Sets a checkpoint aside, for a person to look at.

@@ -18,12 +18,12 @@ from typing import Any
 import keras
 import numpy as np
 
-from resilient_ckpt import ResilientCheckpoint, engine
+from resilient_ckpt import ResilientCheckpoint, resume
 
 
 def restart() -> None:
     """Makes this process forget what a new one could not know."""
-    engine._process_runs.clear()
+    resume.process_runs.clear()
     keras.utils.clear_session()
 
 

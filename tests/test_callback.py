@@ -136,7 +136,7 @@ def test_resume_at_a_step_sets_the_later_ones_aside(tmp_path):
 
 def test_resume_at_a_step_that_is_not_there(tmp_path):
     fit(tmp_path)
-    with pytest.raises(CheckpointNotFoundError, match=r"resume=7.*holds \[5, 10\]"):
+    with pytest.raises(CheckpointNotFoundError, match=r"resume=7.*there are \[5, 10\]"):
         fit(tmp_path, resume=7)
     assert steps(tmp_path) == [10]
 

@@ -13,9 +13,9 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
-# The tests of tf.data and torch DataLoader are skipped without these (CPU builds in CI).
+# The tests of tf.data, torch and Google storage are skipped without these (CPU builds in CI).
 extras: $(STAMP)
-	$(BIN)/pip install --quiet --constraint constraints.txt torch torchdata tensorflow-cpu tensorboard
+	$(BIN)/pip install --quiet --constraint constraints.txt torch torchdata tensorflow-cpu tensorboard gcsfs gcp-storage-emulator
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -18,7 +18,7 @@ from keras.src.callbacks.monitor_callback import MonitorCallback
 from resilient_ckpt.durability import DURABILITIES, Durability
 from resilient_ckpt.engine import Engine, EngineOptions, Measurement
 from resilient_ckpt.fit_call import find_callback_list, find_fit
-from resilient_ckpt.mirror import Mirror
+from resilient_ckpt.mirror import Mirror, staging_directory
 from resilient_ckpt.policy import SavePolicy, policy_from
 from resilient_ckpt.record import Root
 from resilient_ckpt.retention import RetentionPolicy
@@ -59,7 +59,9 @@ class ResilientCheckpoint(MonitorCallback):  # type: ignore[misc]  # Keras is un
     and the one that was killed continues.
 
     Args:
-        directory: The directory for the checkpoints of this run.
+        directory: The directory for the checkpoints of this run, local or on a shared file
+            system. A URL, such as `"gs://bucket/run"`, is taken as the `mirror` of a directory
+            in the user's cache.
         monitor: The metric that says what is best, such as `"val_loss"`.
         verbose: 0 or 1. With 1, the first line of a resumed run is printed as well as logged.
         save_best_only: If `True`, `directory` holds only checkpoints that were the best when
@@ -175,6 +177,13 @@ class ResilientCheckpoint(MonitorCallback):  # type: ignore[misc]  # Keras is un
                 raise TypeError(f"`{name}` must be True or False, got {value!r}.")
         super().__init__(monitor, mode, initial_value_threshold)
         self.directory = os.fspath(directory)
+        if "://" in self.directory:
+            if mirror is not None:
+                raise ValueError(
+                    f"`directory`={self.directory!r} is a URL, which is mirrored to itself; there "
+                    f"cannot be another `mirror`, got {mirror!r}."
+                )
+            mirror, self.directory = self.directory, str(staging_directory(self.directory))
         self.verbose = verbose
         self.save_best_only = save_best_only
         self.save_freq = save_freq

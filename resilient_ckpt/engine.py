@@ -569,6 +569,8 @@ class Engine:
             uploads.submit(kept)
         while not uploads.wait(_MIRROR_REPORT_SECONDS):
             logger.info("Waiting for the mirror.")
+        if uploads.last_error is None:
+            self.store.prune()  # what was kept only to be uploaded
         return uploads.last_error
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ import errno
 import functools
 import hashlib
 import logging
+import os
 import posixpath
 import re
 import time
@@ -408,6 +409,22 @@ def _in_parallel(work: Callable[[str], None], names: Iterable[str]) -> None:
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def staging_directory(url: str) -> Path:
+    """Where checkpoints lie before they are uploaded, for a run whose directory is a URL.
+
+    Args:
+        url: The URL.
+
+    Returns:
+        A directory in the user's cache (`XDG_CACHE_HOME`, or `~/.cache`), the same for the
+        same URL.
+    """
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    url = url.rstrip("/")
+    name = f"{posixpath.basename(url)}-{hashlib.sha256(url.encode()).hexdigest()[:16]}"
+    return Path(cache) / "resilient-ckpt" / name
 
 
 def _root_and_step(folder: str) -> tuple[Root, int]:

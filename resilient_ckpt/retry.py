@@ -55,8 +55,8 @@ _TRANSIENT_CODES = frozenset(
     }
 )
 
-# What HTTP libraries raise when a connection fails, or brings damaged content, by name, since none of them need be
-# installed: botocore, aiohttp, requests, urllib3, httpx, azure-core, fsspec.
+# What HTTP libraries raise when a connection fails, or brings damaged content, by name, since
+# none of them need be installed: botocore, aiohttp, requests, urllib3, httpx, azure-core, fsspec.
 _CONNECTION_ERRORS = frozenset(
     {
         "ClientConnectionError",
@@ -91,7 +91,7 @@ def is_transient(error: BaseException) -> bool:
 
     Returns:
         True for interrupted, overloaded or disconnected storage: EIO, ESTALE, ETIMEDOUT and
-        the like, HTTP 408, 425, 429 and 5xx, lost connections. False for a full disk,
+        the like, HTTP 408, 425, 429 and 5xx (but 501), lost connections. False for a full disk,
         missing permissions, bad credentials, a bucket that is not there, and everything
         that is not an error of the storage.
     """
@@ -152,7 +152,8 @@ def _transience(error: BaseException) -> bool | None:
         return True
     status = _http_status(error)
     if status is not None and status >= 400:
-        return status in (408, 425, 429) or status >= 500
+        # 501 and 505: the server does not know what was asked for, and will not learn it.
+        return status in (408, 425, 429) or (status >= 500 and status not in (501, 505))
     number = _errno_of(error)
     if number is not None:
         return number in TRANSIENT_ERRNOS

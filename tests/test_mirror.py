@@ -6,9 +6,11 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -276,6 +278,64 @@ def test_what_the_bucket_has_damaged_is_set_aside(tmp_path, network, caplog):
     (aside,) = (network.folder / "quarantine").iterdir()
     assert aside.name.startswith("8-")
     assert "damaged" in (aside / "why.txt").read_text()
+
+
+def test_a_url_as_the_directory(tmp_path, network, monkeypatch):
+    undisturbed = fit(tmp_path / "undisturbed")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "old machine"))
+    with pytest.raises(RuntimeError):
+        fit(network.url, At(7, fail))
+    assert [c.step for c in Mirror(network.url).checkpoints()][-1] == 7
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "new machine"))
+    ran = At(100, fail)
+    same(fit(network.url, ran), undisturbed)
+    assert ran.seen == 3
+    with pytest.raises(ValueError, match=r"`directory`='s3:.*another `mirror`"):
+        ResilientCheckpoint(network.url, mirror=str(tmp_path))
+
+
+@pytest.fixture
+def gcs(monkeypatch):
+    """Google's storage, as far as its emulator goes."""
+    pytest.importorskip("gcsfs")
+    emulator = pytest.importorskip("gcp_storage_emulator.server")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket")
+    server.start()
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("FSSPEC_GCS_TOKEN", "anon")
+    # Else it asks a service that the emulator has not about the kind of bucket.
+    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    yield "gs://bucket/run"
+    server.stop()
+
+
+GCS_RUN = """
+import sys
+sys.path.insert(0, sys.argv[2])
+from test_mirror import At, fail, fit
+weights, history, _ = fit(sys.argv[1], *([At(7, fail)] if sys.argv[3] == "fail" else []))
+print(history, sum(w.sum() for w in weights))
+"""
+
+
+def test_google_storage_as_the_directory(tmp_path, gcs):
+    def run(directory: str, cache: str, what: str = "") -> str:
+        # fsspec reads its environment when it is imported.
+        command = [sys.executable, "-c", GCS_RUN, directory, str(Path(__file__).parent), what]
+        environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / cache)}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert ("made to fail" in done.stderr) == (what == "fail"), done.stderr
+        return done.stdout.splitlines()[-1] if done.stdout else done.stderr
+
+    undisturbed = run(str(tmp_path / "undisturbed"), "none")
+    run(gcs, "old machine", "fail")
+    assert run(gcs, "new machine") == undisturbed
+    (fetched,) = (tmp_path / "new machine" / "resilient-ckpt").iterdir()
+    assert sorted(p.name for p in fetched.iterdir()) == ["10", "resume"]
+    assert [p.name for p in (fetched / "resume").iterdir()] == ["7"]
 
 
 # What does not need S3.

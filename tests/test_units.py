@@ -270,6 +270,7 @@ TENSORSTORE = (
         (ClientError(503), True),
         (ClientError(500), True),
         (ClientError(429), True),
+        (ClientError(501), False),
         (ClientError(408), True),
         (ClientError(400, "RequestTimeout"), True),
         (ClientError(400, "ExpiredToken"), False),

@@ -18,10 +18,12 @@ if TYPE_CHECKING:
         CheckpointsExistError,
         CheckpointUnreadableError,
         DirectoryInUseError,
+        HostsMissingError,
         Preempted,
         ResilientCheckpointError,
         SaveFailedError,
     )
+    from resilient_ckpt.mirror import Mirror
     from resilient_ckpt.policy import (
         AllOf,
         AnyOf,
@@ -48,6 +50,8 @@ _MODULES = {
     "EpochEnd": "policy",
     "EveryBatches": "policy",
     "EverySeconds": "policy",
+    "HostsMissingError": "errors",
+    "Mirror": "mirror",
     "Preempted": "errors",
     "Progress": "policy",
     "ResilientCheckpoint": "callback",
@@ -71,6 +75,8 @@ __all__ = [
     "EpochEnd",
     "EveryBatches",
     "EverySeconds",
+    "HostsMissingError",
+    "Mirror",
     "Preempted",
     "Progress",
     "ResilientCheckpoint",

@@ -79,6 +79,20 @@ class DirectoryInUseError(ResilientCheckpointError):
     """Another live process writes checkpoints into the same directory."""
 
 
+class HostsMissingError(ResilientCheckpointError):
+    """Some processes of the run did not come to where all must meet.
+
+    Attributes:
+        missing: Their indices.
+    """
+
+    def __init__(self, what: str, missing: Sequence[int], count: int, seconds: float) -> None:
+        self.missing = tuple(missing)
+        super().__init__(
+            f"{what}: of {count} processes, {list(missing)} did not come within {seconds:.0f} s."
+        )
+
+
 class SaveFailedError(ResilientCheckpointError):
     """A checkpoint that had to be saved could not be saved."""
 

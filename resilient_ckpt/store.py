@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import orbax.checkpoint
 
@@ -29,8 +30,10 @@ from resilient_ckpt.errors import (
     CheckpointDamagedError,
     CheckpointNotFoundError,
     CheckpointUnreadableError,
+    SaveFailedError,
 )
 from resilient_ckpt.integrity import CHECKSUMS_NAME, verify, write_checksums
+from resilient_ckpt.multihost import Hosts, hosts
 from resilient_ckpt.record import (
     QUARANTINE,
     RECORD_NAME,
@@ -178,17 +181,20 @@ class CheckpointStore:
     def save(
         self,
         job: SaveJob,
-        arrays: Sequence[np.ndarray],
+        arrays: Sequence[Any],
         time_left: Callable[[], float] = lambda: math.inf,
     ) -> list[Checkpoint]:
         """Writes and commits the checkpoints of a job, then deletes superfluous ones.
 
         Errors that may pass are retried. On a full disk, everything that need not be kept
-        is deleted, and the save is tried once more.
+        is deleted, and the save is tried once more. Under `jax.distributed` all processes
+        call this, on a shared file system; what fails in one fails in all, and is not
+        retried.
 
         Args:
             job: What to write.
-            arrays: The arrays that its trees point to.
+            arrays: The arrays that its trees point to: NumPy arrays, or, of several
+                processes, global JAX arrays.
             time_left: Seconds after which no further attempt begins.
 
         Returns:
@@ -197,15 +203,20 @@ class CheckpointStore:
         Raises:
             Exception: The error of the last attempt.
         """
+        group = hosts()
+        finite = all(_is_finite(arrays[index]) for index in job.weights)
         record = {
             **job.record,
-            "finite": all(_is_finite(arrays[index]) for index in job.weights),
+            "finite": all(group.exchange("Saving", "yes" if finite else "")),
             "checksums": CHECKSUMS_NAME,
         }
         what = f"Saving step {job.targets[0].step}"
         committed = []
         for target in job.targets:
             content = {**record, "resumable": target.resumable}
+            if group.count > 1:
+                committed.append(self._save_together(group, target, content, arrays))
+                continue
             attempt = functools.partial(self._save_target, target, content, arrays)
             try:
                 checkpoint = self.retry.run(attempt, what, time_left=time_left)
@@ -217,7 +228,8 @@ class CheckpointStore:
             committed.append(checkpoint)
             self.verified.add(checkpoint.path)
         try:
-            self.prune()
+            if group.first:
+                self.prune()
         except OSError as error:
             # The save itself is committed; the next one sweeps again.
             logger.warning("Superfluous checkpoints could not be deleted: %s", error)
@@ -248,8 +260,8 @@ class CheckpointStore:
             logger.warning("%s carries no checksums: it is restored unverified.", checkpoint.path)
         try:
             with _context():
-                present = set(ocp.checkpointables_metadata(checkpoint.path).metadata)
-                wanted = {name: None for name in names if name in present}
+                present = ocp.checkpointables_metadata(checkpoint.path).metadata
+                wanted = {name: _on_the_host(present[name]) for name in names if name in present}
                 loaded = dict(ocp.load_checkpointables(checkpoint.path, wanted))
             if "pytree" in names and "pytree" not in loaded:
                 raise ValueError("it holds no arrays")
@@ -425,6 +437,39 @@ class CheckpointStore:
             raise
         return Checkpoint(target.step, target.root, final, dict(record))
 
+    def _save_together(
+        self, group: Hosts, target: Target, record: Mapping[str, Any], arrays: Sequence[Any]
+    ) -> Checkpoint:
+        """Saves as one of several processes; the first one completes and commits."""
+        folder = self.directory / target.root.value
+        staging = folder / f"{_STAGING}{target.step}-{group.count}-processes"
+        final = folder / str(target.step)
+        if group.first:
+            make_directory(folder, self.durability)
+            shutil.rmtree(staging, ignore_errors=True)
+        group.exchange(f"Beginning to save step {target.step}")
+        fault = ""
+        try:
+            self._write(staging, target, arrays)
+            if self.durability == "power-loss":
+                sync_tree(staging)  # each what it has written
+        except Exception as error:  # noqa: BLE001 - told to the others, and raised
+            fault = f"{type(error).__name__}: {error}"
+        faults = group.exchange(f"Saving step {target.step}", fault)
+        outcome = ""
+        if group.first and not any(faults):
+            try:
+                self._complete(staging, record)
+                self._commit(staging, final)
+            except Exception as error:  # noqa: BLE001 - told to the others, and raised
+                outcome = f"{type(error).__name__}: {error}"
+        failed = [f for f in (*faults, *group.exchange(f"Committing {target.step}", outcome)) if f]
+        if failed:
+            if group.first:
+                shutil.rmtree(staging, ignore_errors=True)
+            raise SaveFailedError(f"Step {target.step} could not be saved: {'; '.join(failed)}")
+        return Checkpoint(target.step, target.root, final, dict(record))
+
     def _commit(self, staging: Path, final: Path) -> None:
         replaced = final.with_name(f"{_REPLACED}{final.name}")
         if final.exists():
@@ -447,16 +492,22 @@ class CheckpointStore:
         record: Mapping[str, Any],
         arrays: Sequence[np.ndarray],
     ) -> None:
-        checkpointables = {
-            **{name: _fill(tree, arrays) for name, tree in target.trees.items()},
-            **target.extras,
-        }
         # Where the directory cannot be made, threads of Orbax wait for it for minutes, also
         # beyond the end of the script; so that is tried first.
         staging.mkdir()
         staging.rmdir()
+        self._write(staging, target, arrays)
+        self._complete(staging, record)
+
+    def _write(self, staging: Path, target: Target, arrays: Sequence[Any]) -> None:
+        checkpointables = {
+            **{name: _fill(tree, arrays) for name, tree in target.trees.items()},
+            **target.extras,
+        }
         with _context():
             ocp.save_checkpointables(staging, checkpointables)
+
+    def _complete(self, staging: Path, record: Mapping[str, Any]) -> None:
         write_record(staging, record)
         write_checksums(staging)
         if self.durability == "power-loss":
@@ -481,13 +532,24 @@ def _context() -> Any:
     return context
 
 
+def _on_the_host(metadata: Any) -> Any:
+    """Has arrays read as NumPy arrays, whatever devices they were on."""
+
+    def like(leaf: Any) -> Any:
+        return np.broadcast_to(np.empty((), leaf.dtype), leaf.shape)  # takes no memory
+
+    return jax.tree.map(like, metadata)
+
+
 def _fill(tree: Any, arrays: Sequence[np.ndarray]) -> Any:
     if isinstance(tree, Mapping):
         return {name: _fill(branch, arrays) for name, branch in tree.items()}
     return arrays[tree]
 
 
-def _is_finite(array: np.ndarray) -> bool:
+def _is_finite(array: Any) -> bool:
+    if not isinstance(array, np.ndarray):  # of several processes: what this one has of it
+        return all(_is_finite(np.asarray(shard.data)) for shard in array.addressable_shards)
     if array.dtype.kind in "biuSU":
         return True
     flat = array.reshape(-1)

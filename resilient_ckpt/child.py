@@ -158,7 +158,8 @@ def serve(descriptor: int, answer: Callable[[Any, int | None], object]) -> None:
         signal.signal(number, signal.SIG_IGN)
     connection = socket.socket(fileno=descriptor)
     _exit_with_parent(connection)
-    logging.basicConfig(level=logging.WARNING, handlers=[_Forwarding(connection)])
+    forwarding = _Forwarding(connection)
+    logging.basicConfig(level=logging.WARNING, handlers=[forwarding])
     logging.getLogger("resilient_ckpt").setLevel(logging.INFO)
     while True:
         try:
@@ -170,7 +171,7 @@ def serve(descriptor: int, answer: Callable[[Any, int | None], object]) -> None:
             reply = answer(request, attached)
         except Exception as error:  # noqa: BLE001 - raised again in the trainer
             reply = _portable(error)
-        _send(connection, reply)
+        forwarding.send(reply)
 
 
 class _Forwarding(logging.Handler):
@@ -179,12 +180,19 @@ class _Forwarding(logging.Handler):
     def __init__(self, connection: socket.socket) -> None:
         super().__init__()
         self._connection = connection
+        self._sending = threading.RLock()
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            _send(self._connection, _LogLine(record.name, record.levelno, self.format(record)))
+            self.send(_LogLine(record.name, record.levelno, record.getMessage()))
         except OSError:
             self.handleError(record)
+
+    def send(self, message: object) -> None:
+        """Sends a message whole, whatever other threads have to log meanwhile."""
+        payload = pickle.dumps(message)
+        with self._sending:
+            self._connection.sendall(_HEADER.pack(len(payload)) + payload)
 
 
 def _send(connection: socket.socket, message: object, descriptor: int | None = None) -> None:

@@ -14,25 +14,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from resilient_ckpt.child import ChildDiedError
-from resilient_ckpt.errors import DirectoryInUseError, Preempted, SaveFailedError
+from resilient_ckpt.errors import Preempted, SaveFailedError
 from resilient_ckpt.lock import DirectoryLock
 from resilient_ckpt.mirror import Mirror
 from resilient_ckpt.policy import Progress, SavePolicy
 from resilient_ckpt.record import Checkpoint, Root
 from resilient_ckpt.resume import ProcessRun, ResumePoint, ResumeSearch
+from resilient_ckpt.saves import Saves
 from resilient_ckpt.signals import (
     NoticeKind,
     NoticeListener,
     PreemptionNotice,
     SignalSource,
 )
-from resilient_ckpt.snapshot import HostBlock
 from resilient_ckpt.store import CheckpointStore, SaveJob, Target
 from resilient_ckpt.uploads import Uploads
-from resilient_ckpt.writer import ProcessWriter
 
 logger = logging.getLogger(__name__)
 
@@ -43,9 +39,6 @@ saved from another thread."""
 SLOW_SAVE_SECONDS = 5.0
 """How much longer than usual a save under way may take before an emergency save passes it."""
 
-UNKNOWN_SAVE_SECONDS = 30.0
-"""How long a save is expected to take before one was seen."""
-
 UNKNOWN_GRACE_SECONDS = 20.0
 """How long the mirror is waited for after a notice that names no deadline."""
 
@@ -53,11 +46,11 @@ MIRROR_MARGIN_SECONDS = 2.0
 """How long before the deadline the mirror is not waited for any more."""
 
 LEAVE_AFTER_SECONDS = 3.0
-"""How long it may go on waiting after that save before the process is ended under it."""
+"""How long the main thread may go on waiting after that save from another thread, before the
+process is ended under it."""
 
-
-_POLL_SECONDS = 0.05
-_MIRROR_REPORT_SECONDS = 10.0
+_TOO_LONG = "has taken longer than save_timeout_seconds"
+_MIRROR_POLL_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -132,23 +125,6 @@ class EngineOptions:
     save_timeout_seconds: float | None = 1800.0
 
 
-@dataclass
-class PendingSave:
-    """A save under way in the background.
-
-    Attributes:
-        step: Its step.
-        began: When it began, by the engine's clock.
-        thread: Waits for it.
-        abandoned: Whether nobody waits for it any more.
-    """
-
-    step: int
-    began: float
-    thread: threading.Thread | None = None
-    abandoned: bool = False
-
-
 class MainThreadWait(BaseException):
     """Raised in the main thread, by the signal handler, to end a wait for data."""
 
@@ -156,8 +132,8 @@ class MainThreadWait(BaseException):
 class Engine:
     """Saves one run.
 
-    `open`, then `begin`, `at_boundary` between batches, and `close` at the end, whatever
-    the end is.
+    `open`, then `begin`; between batches `save_interval` where it is `due`, and after a
+    notice `save_emergency` and `leave`; at the end `finish`, or `close` if it is another end.
 
     Args:
         store: Where to save.
@@ -183,19 +159,13 @@ class Engine:
         self._uploads = Uploads(mirror, store) if mirror is not None else None
         self.notice: PreemptionNotice | None = None
         self._noticed = threading.Event()
-        self.failed_saves = 0
-        self.committed: Checkpoint | None = None
         self.waiting_for_data = False
         self.rescue: Callable[[], tuple[Callable[[], Captured], Progress] | None] = lambda: None
         self.clock = clock
         self._wall_clock = wall_clock
         self._lock = DirectoryLock(store.directory)
-        self._block = HostBlock()
-        self._writer = ProcessWriter()
-        self._pending: PendingSave | None = None
-        self._longest_save: float | None = None
-        self._failed_in_a_row = 0
-        self._last_error: BaseException | None = None
+        self._saves = Saves(store, self._lock, clock, self._time_for_retries)
+        self._saves.on_commit = self._note_commit
         self._saving = threading.RLock()
         self._timer: threading.Timer | None = None
         self._closing = threading.Event()
@@ -239,7 +209,7 @@ class Engine:
             if self._uploads is not None:
                 # An upload that the last process on this disk left half done.
                 self._uploads.submit([point.checkpoint])
-            self.committed = point.checkpoint
+            self._saves.committed = point.checkpoint
             self.run.step = max(self.run.step, point.checkpoint.step)
         return point
 
@@ -255,10 +225,7 @@ class Engine:
         self._begun_at = _moment(progress)
         self.policy.start(progress)
         if self.options.background:
-            self._block.reserve_for(leaves)
-            if self._block.fd is not None:
-                # It takes seconds to import what it needs; the first save should not wait.
-                self._start_writer()
+            self._saves.prepare(leaves)
         signals = set(self.options.signals)
         if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
             signals.add(signal.SIGINT)
@@ -304,6 +271,11 @@ class Engine:
             return math.inf
         return self.notice.deadline - self._wall_clock()
 
+    def _time_for_retries(self, emergency: bool) -> float:
+        if emergency:
+            return self._time_left()
+        return math.inf if self.notice is None else 0.0
+
     def _rescue(self) -> None:
         """Saves while the main thread hangs in a read that no signal interrupts."""
         if not self.waiting_for_data:
@@ -328,7 +300,7 @@ class Engine:
             return
         logger.warning("The main thread hangs in its data source; ending the process.")
         self.mirror_in_time()
-        self._writer.close()
+        self._saves.close()
         self._lock.release()
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
@@ -339,6 +311,16 @@ class Engine:
     def wall_now(self) -> float:
         """The time, in seconds since the epoch."""
         return self._wall_clock()
+
+    @property
+    def committed(self) -> Checkpoint | None:
+        """The newest commit."""
+        return self._saves.committed
+
+    @property
+    def failed_saves(self) -> int:
+        """How many saves have failed."""
+        return self._saves.failed
 
     @property
     def failed_uploads(self) -> int:
@@ -373,33 +355,22 @@ class Engine:
             DirectoryInUseError: If another process has taken the directory over.
             SaveFailedError: If more than `max_failed_saves` failed in a row.
         """
-        self._wait(self.options.save_timeout_seconds, until_notice=True)
+        saves = self._saves
+        saves.wait(self.options.save_timeout_seconds, until=self._noticed.is_set)
         if self.notice is not None:
             return  # The emergency checkpoint goes first.
-        self._give_up_pending("has taken longer than save_timeout_seconds")
-        self._check_failures()
+        saves.give_up(_TOO_LONG)
+        saves.check(self.options.max_failed_saves)
         if due:
             self.policy.saved(progress)
         captured = capture()
         public = not self.options.save_best_only or measurement.improved
         job = self._job(captured, progress, reason, measurement, public and not captured.transient)
-        pending = PendingSave(progress.step, self.clock())
-        if not self.options.background:
-            self._attempt(pending, job, lambda: self._save_here(job, captured.leaves))
-            self._check_failures()
-            return
-        self._block.copy_in(captured.leaves)
-        if self._block.fd is None:
-            arrays = self._block.arrays()
-            work = lambda: self._save_here(job, arrays)  # noqa: E731
+        if self.options.background:
+            saves.begin(job, captured.leaves)
         else:
-            self._start_writer()
-            work = lambda: self._save_there(pending, job)  # noqa: E731
-        pending.thread = threading.Thread(
-            target=self._attempt, args=(pending, job, work), name="resilient-ckpt-save", daemon=True
-        )
-        self._pending = pending
-        pending.thread.start()
+            saves.attempt(job, captured.leaves)
+            saves.check(self.options.max_failed_saves)
 
     def save_emergency(
         self, capture: Callable[[], Captured], progress: Progress, reason: str = "emergency"
@@ -415,26 +386,17 @@ class Engine:
             SaveFailedError: If it cannot be saved.
         """
         with self._saving:
-            usual = UNKNOWN_SAVE_SECONDS if self._longest_save is None else self._longest_save
-            self._wait(min(2 * usual + SLOW_SAVE_SECONDS, self._time_left() / 2))
-            self._give_up_pending("hangs; the emergency checkpoint does not wait for it")
+            saves = self._saves
+            patience = 2 * saves.usual_seconds + SLOW_SAVE_SECONDS
+            saves.wait(min(patience, self._time_left() / 2))
+            saves.give_up("hangs; the emergency checkpoint does not wait for it")
             if self.is_committed(progress):
                 return
             captured = capture()
             options = self.options
             public = not (options.save_best_only or options.save_weights_only or captured.transient)
             job = self._job(captured, progress, reason, Measurement(), public)
-            try:
-                self._lock.check()
-                committed = self._save_here(job, captured.leaves, emergency=True)
-            except Exception as error:
-                raise SaveFailedError(
-                    f"The {reason} checkpoint of step {progress.step} could not be saved "
-                    f"({type(error).__name__}: {error}). {self._newest()}"
-                ) from error
-            self._note_commit(committed)
-            if self._uploads is not None:
-                self._uploads.submit_first(committed)
+            saves.force(job, captured.leaves)
 
     def is_committed(self, progress: Progress) -> bool:
         """Whether this moment needs no save: it is committed, or nothing was run yet."""
@@ -459,34 +421,7 @@ class Engine:
 
     def wait(self) -> None:
         """Waits until the save under way has ended, well or badly."""
-        self._wait(None)
-
-    def _wait(self, seconds: float | None, until_notice: bool = False) -> None:
-        pending = self._pending
-        if pending is None or pending.thread is None:
-            return
-        if pending.thread is threading.current_thread():
-            return
-        began = self.clock()
-        while pending.thread.is_alive():
-            if seconds is not None and self.clock() - began >= seconds:
-                return
-            if until_notice and self.notice is not None:
-                return
-            pending.thread.join(_POLL_SECONDS)
-        self._pending = None
-
-    def _give_up_pending(self, why: str) -> None:
-        """Ends a save that is still under way, for another to take its place."""
-        pending, self._pending = self._pending, None
-        if pending is None:
-            return
-        pending.abandoned = True
-        error = TimeoutError(f"the save {why} ({self.clock() - pending.began:.0f} s)")
-        self._note_failure(pending.step, error)
-        if self._block.fd is None:
-            self._block = HostBlock()  # The thread goes on reading the old one.
-        self._writer.close()
+        self._saves.wait()
 
     # Ending.
 
@@ -500,6 +435,7 @@ class Engine:
             return
         if notice is not None and notice.kind is NoticeKind.INTERRUPT:
             return  # Nobody takes the machine away; nor is anybody to be kept waiting.
+        self._uploads.submit_first(committed)
         left = self._time_left() - MIRROR_MARGIN_SECONDS
         if not self._uploads.wait(UNKNOWN_GRACE_SECONDS if math.isinf(left) else max(0.0, left)):
             logger.warning(
@@ -538,39 +474,43 @@ class Engine:
                 of `fit`.
 
         Raises:
-            SaveFailedError: If the newest state could not be saved.
+            SaveFailedError: If the newest state could not be saved, or not be mirrored.
+            BaseException: After a notice that came when training had ended.
         """
-        self._wait(self.options.save_timeout_seconds)
-        self._give_up_pending("has taken longer than save_timeout_seconds")
-        error = self._last_error
-        mirrored = self._finish_mirror()
+        self._saves.wait(self.options.save_timeout_seconds)
+        self._saves.give_up(_TOO_LONG)
+        error = self._saves.last_error
+        mirror_error = self._finish_mirror() if error is None else None
         if error is None:
             self.run.phase += 1
             self.run.histories.append(history)
         self.close()
-        if error is not None:
-            raise SaveFailedError(
-                f"The last checkpoint could not be saved ({type(error).__name__}: {error}). "
-                f"{self._newest()}"
-            ) from error
-        if mirrored is not None:
-            raise SaveFailedError(
-                f"The last checkpoint could not be mirrored ({type(mirrored).__name__}: "
-                f"{mirrored}); {self._newest()}"
-            ) from mirrored
+        for problem, failed in ((error, "saved"), (mirror_error, "mirrored")):
+            if problem is not None:
+                raise SaveFailedError(
+                    f"The last checkpoint could not be {failed} ({type(problem).__name__}: "
+                    f"{problem}). {self._saves.newest()}"
+                ) from problem
+        if self.notice is not None:
+            reason = self.leave()
+            if reason is not None:
+                raise reason
 
     def _finish_mirror(self) -> BaseException | None:
         """Uploads all that is kept, the newest last, and gives the error of that, if any."""
         uploads = self._uploads
         if uploads is None:
             return None
-        kept = self.store.checkpoints()
-        if kept:
-            uploads.submit(kept)
-        while not uploads.wait(_MIRROR_REPORT_SECONDS):
-            logger.info("Waiting for the mirror.")
-        if uploads.last_error is None:
-            self.store.prune()  # what was kept only to be uploaded
+        try:
+            uploads.submit(self.store.checkpoints())
+            while not uploads.wait(_MIRROR_POLL_SECONDS):
+                if self.notice is not None:
+                    self.mirror_in_time()
+                    return None
+            if uploads.last_error is None:
+                self.store.prune()  # what was kept only to be uploaded
+        except OSError as error:  # of the local disk
+            return error
         return uploads.last_error
 
     def close(self) -> None:
@@ -584,12 +524,11 @@ class Engine:
             if self._timer is not threading.current_thread():
                 self._timer.join()
             self._timer = None
-        self._wait(self.options.save_timeout_seconds)
-        self._give_up_pending("has taken longer than save_timeout_seconds")
+        self._saves.wait(self.options.save_timeout_seconds)
+        self._saves.give_up(_TOO_LONG)
         if self._uploads is not None:
             self._uploads.close()
-        self._writer.close()
-        self._block.close()
+        self._saves.close()
         self._lock.release()
 
     # Saving.
@@ -634,82 +573,13 @@ class Engine:
             targets.append(Target(Root.RESUME, progress.step, captured.trees))
         return SaveJob(tuple(targets), record, captured.weights)
 
-    def _attempt(
-        self, pending: PendingSave, job: SaveJob, save: Callable[[], list[Checkpoint]]
-    ) -> None:
-        try:
-            self._lock.check()
-            committed = save()
-        except Exception as error:  # noqa: BLE001 - logged, counted, raised at the end
-            if not pending.abandoned:  # else it is counted already
-                self._note_failure(pending.step, error)
-        else:
-            taken = self.clock() - pending.began
-            self._longest_save = max(taken, self._longest_save or 0.0)
-            self._note_commit(committed)
-
-    def _note_failure(self, step: int, error: BaseException) -> None:
-        self._last_error = error
-        self.failed_saves += 1
-        self._failed_in_a_row += 1
-        logger.error("Saving step %d failed (%d in all): %s", step, self.failed_saves, error)
-
-    def _note_commit(self, committed: list[Checkpoint]) -> None:
+    def _note_commit(self, committed: Sequence[Checkpoint]) -> None:
         newest = committed[-1]
-        self.store.verified.update(checkpoint.path for checkpoint in committed)
-        logger.info("Committed step %d (%s).", newest.step, newest.path)
+        self.run.step = max(self.run.step, newest.step)
         if newest.metric is not None:
             self._best.append(newest.metric)
-        if self.committed is not None and newest.order < self.committed.order:
-            return  # One that had been given up came through after all.
-        self.committed = newest
-        self.run.step = max(self.run.step, newest.step)
-        self._failed_in_a_row = 0
-        self._last_error = None
         if self._uploads is not None:
             self._uploads.submit(committed)
-
-    def _check_failures(self) -> None:
-        if isinstance(self._last_error, DirectoryInUseError):
-            raise self._last_error
-        limit = self.options.max_failed_saves
-        if limit is not None and self._failed_in_a_row > limit:
-            raise SaveFailedError(
-                f"{self._failed_in_a_row} saves failed in a row, more than max_failed_saves="
-                f"{limit}. {self._newest()}"
-            ) from self._last_error
-
-    def _start_writer(self) -> None:
-        if not self._writer.running:
-            self._writer.start()
-            if self._writer.pid is not None:
-                self._lock.add_writer(self._writer.pid)
-
-    def _save_here(
-        self, job: SaveJob, leaves: Sequence[Any], emergency: bool = False
-    ) -> list[Checkpoint]:
-        arrays = [np.asarray(leaf) for leaf in leaves]
-
-        def time_left() -> float:
-            if emergency:
-                return self._time_left()
-            return math.inf if self.notice is None else 0.0
-
-        return self.store.save(job, arrays, time_left)
-
-    def _save_there(self, pending: PendingSave, job: SaveJob) -> list[Checkpoint]:
-        try:
-            return self._writer.write(self.store, job, self._block)
-        except ChildDiedError as error:
-            if pending.abandoned:
-                raise
-            logger.warning("%s Saving from this process instead.", error)
-            return self._save_here(job, self._block.arrays())
-
-    def _newest(self) -> str:
-        if self.committed is None:
-            return "There is no earlier checkpoint."
-        return f"The newest good checkpoint is step {self.committed.step} ({self.committed.path})."
 
 
 def _moment(progress: Progress) -> tuple[int, int, int]:

@@ -155,7 +155,8 @@ class Mirror:
             clock: A monotonic clock, in seconds.
 
         Returns:
-            What was sent, or `None` if the checkpoint was there.
+            What was sent, or `None` if the checkpoint was there, or is of plain
+            OrbaxCheckpoint.
 
         Raises:
             CheckpointDamagedError: If the local checkpoint is not what was written.
@@ -163,6 +164,9 @@ class Mirror:
         """
         began = clock()
         folder = path.relative_to(directory).as_posix()
+        if path.is_dir() and not (path / CHECKSUMS_NAME).exists():
+            logger.warning("%s carries no checksums, and is not mirrored.", path)
+            return None
         marker = (path / CHECKSUMS_NAME).read_bytes()
         sums = parse_checksums(marker, str(path))
         there = self._listing().get(folder, {})

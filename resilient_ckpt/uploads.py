@@ -47,6 +47,8 @@ class Uploads:
         Args:
             checkpoints: Committed ones, to be uploaded together.
         """
+        if not checkpoints:
+            return
         with self._changed:
             self._waiting = tuple(checkpoints)
             self._pin()
@@ -58,22 +60,22 @@ class Uploads:
             )
             self._thread.start()
 
-    def submit_first(self, checkpoints: Sequence[Checkpoint]) -> None:
-        """Breaks off what is being uploaded, unless it is just that, for something better.
+    def submit_first(self, checkpoint: Checkpoint) -> None:
+        """Uploads one checkpoint before all others, unless it is there or on its way.
 
         Args:
-            checkpoints: Committed ones; the files that have arrived need not be sent again.
+            checkpoint: A committed one; the files that have arrived need not be sent again.
         """
         with self._changed:
             current = self._current
-            if current == tuple(checkpoints):
+            if checkpoint in current or checkpoint == self.uploaded:
                 return
-            self._waiting = tuple(checkpoints)
+            self._waiting = (checkpoint,)
             self._pin()
         if current:
             logger.info("Breaking off the upload of step %d.", current[-1].step)
             self._child.close()
-        self.submit(checkpoints)
+        self.submit([checkpoint])
 
     def wait(self, seconds: float | None) -> bool:
         """Waits until nothing is left to upload.

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -469,7 +470,7 @@ def test_an_emergency_breaks_off_what_is_being_uploaded(tmp_path, network):
             time.sleep(0.05)
         save(store, 2)
         network.faults = HttpFaults()
-        uploads.submit_first(store.checkpoints()[-1:])
+        uploads.submit_first(store.checkpoints()[-1])
         assert uploads.wait(20)
         assert uploads.failed == 0
         assert [c.step for c in Mirror(network.url).checkpoints()] == [2]
@@ -495,6 +496,34 @@ def test_a_grace_period_too_short_for_the_mirror(tmp_path, network, caplog):
     # The next process on this disk finishes the upload, and the run.
     same(fit(tmp_path / "run", mirror=network.url), undisturbed)
     assert 10 in [c.step for c in Mirror(network.url).checkpoints()]
+
+
+def test_a_notice_while_the_end_waits_for_the_mirror(tmp_path, network):
+    undisturbed = fit(tmp_path / "undisturbed")
+
+    def slow_down():
+        network.faults = HttpFaults(seconds=30.0)
+        threading.Timer(4.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+    began = time.monotonic()
+    with pytest.raises(SystemExit) as caught:
+        fit(tmp_path / "run", At(10, slow_down), mirror=network.url, grace_seconds=4)
+    assert caught.value.code == 143
+    assert time.monotonic() - began < 15
+    network.faults = HttpFaults()
+    same(fit(tmp_path / "run", mirror=network.url), undisturbed)
+    assert 10 in [c.step for c in Mirror(network.url).checkpoints()]
+
+
+def test_what_has_no_checksums_is_not_mirrored(tmp_path, folder, caplog):
+    restart()
+    model = small_model()
+    x, y = numbers()
+    theirs = keras.callbacks.OrbaxCheckpoint(tmp_path / "run", save_freq="epoch")
+    model.fit(x, y, batch_size=4, epochs=1, verbose=0, callbacks=[theirs])
+    fit(tmp_path / "run", epochs=2, mirror=str(folder))
+    assert [c.step for c in Mirror(str(folder)).checkpoints()] == [10]
+    assert "carries no checksums, and is not mirrored" in caplog.text
 
 
 @pytest.mark.parametrize(

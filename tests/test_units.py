@@ -18,12 +18,14 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from resilient_ckpt.signals import NoticeKind, NoticeListener, SignalSource
 
 from resilient_ckpt import codec, rng
+from resilient_ckpt.child import Child, ChildDiedError
 from resilient_ckpt.errors import DirectoryInUseError
 from resilient_ckpt.lock import LOCK_NAME, STALE_SECONDS, DirectoryLock
 from resilient_ckpt.policy import AllOf, EpochEnd, EveryBatches, EverySeconds, Progress, policy_from
@@ -520,6 +522,35 @@ def test_signals_work_without_keras():
         "resilient_ckpt.chaos\nassert 'keras' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# The child processes.
+
+
+def test_an_answer_is_not_mixed_with_what_threads_log(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    logging.getLogger("resilient_ckpt.noisy").setLevel(logging.CRITICAL)
+    child = Child("noisy_child")
+    try:
+        for number in range(300):
+            assert child.request(number) == [number] * 2000
+    finally:
+        child.close()
+
+
+def test_a_child_that_dies_is_an_error_and_is_started_again(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    logging.getLogger("resilient_ckpt.noisy").setLevel(logging.CRITICAL)
+    child = Child("noisy_child")
+    assert child.request(1) == [1] * 2000
+    suspended = psutil.Process(child.pid)
+    suspended.suspend()
+    threading.Timer(0.5, suspended.kill).start()
+    with pytest.raises(ChildDiedError, match="noisy_child"):
+        child.request(2)
+    assert child.request(3) == [3] * 2000
+    child.close()
+    assert not child.running
 
 
 # Snapshot and store.

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import xxhash
@@ -112,6 +112,10 @@ def parse_checksums(raw: bytes, where: str) -> dict[str, FileSum]:
             raise ValueError(f"format {content['format']!r}, algorithm {content['algorithm']!r}")
         if stated != _digest_of(content):
             raise ValueError("its own checksum does not match")
+        for path in content["files"]:
+            # It may have come over a network: nothing outside may be read, or written.
+            if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+                raise ValueError(f"{path!r} is not within the checkpoint")
         return {
             path: FileSum(int(entry["bytes"]), str(entry["digest"]))
             for path, entry in content["files"].items()

@@ -127,11 +127,13 @@ class Mirror:
         for folder, files in self._listing().items():
             if CHECKSUMS_NAME in files:
                 root, step = _root_and_step(folder)
-                raw = self._read(folder, RECORD_NAME)
-                try:
-                    record: Mapping[str, Any] = parse_record(raw, f"{self.url}/{folder}")
-                except ValueError as error:
-                    record = {"damaged": str(error)}
+                record: Mapping[str, Any] = {"damaged": "missing"}
+                if RECORD_NAME in files:
+                    try:
+                        raw = self._read(folder, RECORD_NAME)
+                        record = parse_record(raw, f"{self.url}/{folder}")
+                    except ValueError as error:
+                        record = {"damaged": str(error)}
                 found.append(Checkpoint(step, root, Path(folder), record))
         return sorted(found, key=lambda checkpoint: checkpoint.order)
 
@@ -174,8 +176,9 @@ class Mirror:
             if self._read(folder, CHECKSUMS_NAME) == marker:
                 return None
             self._remove(folder, [CHECKSUMS_NAME])  # The step was saved anew, further on.
+        _Journal.clear_stale(directory)
         journal = _Journal(directory, folder, marker)
-        done = {name for name in journal.done if there.get(name) == sums[name].size}
+        done = {name for name in journal.done & set(sums) if there.get(name) == sums[name].size}
         missing = {name: expected for name, expected in sums.items() if name not in done}
         progress = _Progress(f"Mirroring {folder}", missing.values(), report, clock)
 
@@ -185,14 +188,9 @@ class Mirror:
             progress.note(missing[name].size)
 
         _in_parallel(send, missing)
-        self.retry.run(
-            lambda: self._fs().pipe_file(self._at(folder, CHECKSUMS_NAME), marker),
-            f"Completing {folder} in {self.url}",
-        )
+        self._write(folder, CHECKSUMS_NAME, marker)
         journal.remove()
-        self._remove(
-            folder, [name for name in there if name not in sums and name != CHECKSUMS_NAME]
-        )
+        self._remove(folder, set(there) - set(sums) - {CHECKSUMS_NAME})
         return Upload(len(missing), progress.total, len(done), clock() - began)
 
     def prune(self) -> None:
@@ -367,11 +365,20 @@ class _Journal:
         self._head = hashlib.sha256(marker).hexdigest()
         self.done: set[str] = set()
         with contextlib.suppress(FileNotFoundError):
-            head, *names = self._path.read_text().split("\n")
+            # What follows the last end of a line was cut short.
+            head, *names = self._path.read_text().split("\n")[:-1] or [""]
             if head == self._head:
-                self.done = {name for name in names if name}  # a last line cut short matches none
+                self.done = set(names)
         if not self.done:
             self._path.write_text(f"{self._head}\n")
+
+    @staticmethod
+    def clear_stale(directory: Path) -> None:
+        """Removes those of checkpoints that are not there any more."""
+        for path in directory.glob(f"{JOURNAL_PREFIX}*"):
+            folder = path.name.removeprefix(JOURNAL_PREFIX).replace("-", "/")
+            if not (directory / folder).is_dir():
+                path.unlink(missing_ok=True)
 
     def note(self, name: str) -> None:
         with open(self._path, "a") as file:  # one write each, which does not interleave

@@ -51,7 +51,8 @@ class RetentionPolicy:
         """Decides what to delete.
 
         One that holds NaN or Inf counts for nothing and is kept only while no finite one
-        is newer. The newest finite checkpoint that a run can continue from is always kept,
+        is newer. One whose record is damaged is left for the next start to set aside. The newest
+        finite checkpoint that a run can continue from is always kept,
         and so is the newest of these that is known to be good.
 
         Args:
@@ -64,7 +65,8 @@ class RetentionPolicy:
         Returns:
             What to do.
         """
-        ordered = sorted(checkpoints, key=lambda checkpoint: checkpoint.order)
+        readable = (c for c in checkpoints if "damaged" not in c.record)
+        ordered = sorted(readable, key=lambda checkpoint: checkpoint.order)
         finite = [checkpoint for checkpoint in ordered if checkpoint.finite]
         public = [checkpoint for checkpoint in finite if checkpoint.root is Root.PUBLIC]
         resumable = [checkpoint for checkpoint in finite if checkpoint.resumable]

@@ -252,6 +252,24 @@ def test_an_upload_killed_in_the_middle_is_continued(tmp_path, network):
     assert not journal.exists()
 
 
+def test_the_note_of_an_upload_may_itself_be_cut_short(tmp_path, folder):
+    store = three_steps(tmp_path / "run")
+    mirror = Mirror(str(folder))
+    journal = store.directory / f"{JOURNAL_PREFIX}3"
+    stale = store.directory / f"{JOURNAL_PREFIX}resume-2"
+    stale.write_text("")
+    for content in ("", "abc", "abc\npytree/_META", f"{'0' * 64}\npytree/_METADATA\n"):
+        journal.write_text(content)
+        shutil.rmtree(folder, ignore_errors=True)
+        done = mirror.upload(store.directory, store.directory / "3")
+        assert done is not None
+        assert done.skipped == 0
+        assert not journal.exists()
+    assert not stale.exists()
+    (folder / "3" / "resilient.json").unlink()
+    assert "damaged" in mirror.checkpoints()[0].record
+
+
 def test_half_an_upload_of_a_lost_machine_is_cleared(tmp_path, network):
     three_steps(tmp_path)
     mirror = Mirror(network.url)

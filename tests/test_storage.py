@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import shutil
@@ -31,8 +32,9 @@ from resilient_ckpt import (
     RetentionPolicy,
     RetryPolicy,
     SaveFailedError,
+    integrity,
 )
-from resilient_ckpt.integrity import CHECKSUMS_NAME, verify
+from resilient_ckpt.integrity import CHECKSUMS_NAME, parse_checksums, verify
 from resilient_ckpt.lock import LOCK_NAME
 from resilient_ckpt.record import Root
 from resilient_ckpt.store import SaveJob, Target
@@ -185,6 +187,24 @@ def test_verify_names_every_fault(tmp_path):
         verify(tmp_path / "3")
     assert caught.value.faults["resilient.json"] == "missing"
     assert caught.value.faults["pytree/_METADATA"].startswith("2 bytes instead of")
+
+
+@pytest.mark.parametrize("path", ["../../escaped", "/tmp/escaped", "pytree/../../escaped"])
+def test_checksums_name_nothing_outside_their_checkpoint(path):
+    content = {"format": 1, "algorithm": "xxh3_128", "files": {path: {"bytes": 1, "digest": "0"}}}
+    text = json.dumps({**content, "digest": integrity._digest_of(content)})
+    with pytest.raises(CheckpointDamagedError, match="is not within the checkpoint"):
+        parse_checksums(text.encode(), "somewhere")
+
+
+def test_a_damaged_record_is_not_deleted_but_set_aside(tmp_path):
+    store = three_steps(tmp_path)
+    (tmp_path / "1" / "resilient.json").write_text("{")
+    store.retention = RetentionPolicy(1)
+    save(store, 4)
+    assert (tmp_path / "1").exists()
+    store.load_newest(["pytree"])
+    assert [path.name.split("-")[0] for path in (tmp_path / "quarantine").iterdir()] == ["1"]
 
 
 # Real system calls that fail.

@@ -428,12 +428,13 @@ class CheckpointStore:
         # No other process' staging is touched: it may hang in there.
         staging = folder / f"{_STAGING}{target.step}-{os.getpid()}"
         final = folder / str(target.step)
+        # Threads of Orbax may have gone on writing after an earlier attempt had failed.
+        _clear(staging)
         try:
             self._stage(staging, target, record, arrays)
             self._commit(staging, final)
         except BaseException:
-            for leftover in folder.glob(f"{staging.name}*"):
-                shutil.rmtree(leftover, ignore_errors=True)
+            _clear(staging)
             raise
         return Checkpoint(target.step, target.root, final, dict(record))
 
@@ -530,6 +531,11 @@ def _context() -> Any:
     context.array_options.saving.use_compression = False
     context.memory_options.deepcopy_host_arrays = False
     return context
+
+
+def _clear(staging: Path) -> None:
+    for leftover in staging.parent.glob(f"{staging.name}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _on_the_host(metadata: Any) -> Any:

